@@ -1,0 +1,1 @@
+"""Starting ranks: the mpirun command line, profiles, per-rank start, communicators."""

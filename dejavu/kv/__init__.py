@@ -1,0 +1,1 @@
+"""DéjàVuLib: KV-cache layouts, pools, and the primitives that stream them."""

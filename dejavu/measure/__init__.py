@@ -1,0 +1,1 @@
+"""Clocks, run records and summaries."""

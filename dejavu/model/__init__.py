@@ -1,0 +1,1 @@
+"""Models: what they are (spec), where they come from (resolve, weights), and what they compute (layers)."""

@@ -1,0 +1,1 @@
+"""Planner, simulator and workloads: pure arithmetic."""

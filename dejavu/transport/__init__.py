@@ -1,0 +1,1 @@
+"""The carriers: how bytes move between ranks, one carrier per file."""
