@@ -1,0 +1,1 @@
+"""Benchmarks: each checks what it measures."""
