@@ -85,3 +85,12 @@ class Completion:
     def normalized_latency_s(self) -> float:
         """Give the end-to-end latency per output token, as the paper reports it."""
         return (self.finish_s - self.request.arrival_s) / max(1, len(self.token_ids))
+
+
+def finish_reason(
+    params: SamplingParams, eos_token_ids: tuple[int, ...], num_output: int, token_id: int
+) -> FinishReason | None:
+    """Tell whether a request ends with `token_id`, its `num_output`-th token; stop strings are the controller's."""
+    if token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if num_output >= params.max_tokens else None

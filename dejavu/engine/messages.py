@@ -1,0 +1,99 @@
+"""What the ranks of a pipeline tell each other; the tensors travel beside these."""
+
+from dataclasses import dataclass
+
+from dejavu.measure.cpu import CpuUsage
+from dejavu.measure.records import StepKind, StepRecord
+from dejavu.request import Request, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Controller → first stage → every stage: a request takes a row, and these blocks, until its end."""
+
+    serial: int  # unique in the run, so that nobody takes a late message for one about the row's next request
+    microbatch: int
+    row: int
+    blocks: tuple[int, ...]
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Controller → first stage: a request has ended for a reason that the stage cannot see; start no step for it."""
+
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Controller → first stage → every stage: no more work will come."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowWork:
+    """One row of a pass: `num_new` tokens after the `context` tokens that are in the cache already."""
+
+    serial: int
+    row: int
+    num_new: int
+    context: int
+    is_prompt: bool
+    samples: bool  # the last new token's logits give the next token
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One pass of one microbatch, on its way from the first stage to the last.
+
+    `admissions` are the requests whose first pass this is; `token_ids` are the new tokens, row after row.
+    """
+
+    step: int  # counts the passes of this microbatch
+    microbatch: int
+    rows: tuple[RowWork, ...]
+    admissions: tuple[Admission, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def kind(self) -> StepKind:
+        """Name the pass for the records: it processes prompts, generates tokens, or both."""
+        num_prompts = sum(row.is_prompt for row in self.rows)
+        if num_prompts == 0:
+            return "token"
+        return "prompt" if num_prompts == len(self.rows) else "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of one request; `index` counts its output tokens from 0."""
+
+    serial: int
+    index: int
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Last stage → first stage and controller: a pass is through, with these new tokens (none after a mere chunk)."""
+
+    step: int
+    microbatch: int
+    tokens: tuple[SampledToken, ...]
+    time_s: float  # on the controller's clock
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Worker → controller: weights are loaded and the pool is there."""
+
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Worker → controller, at the end: its step records, and the processor time it took while serving."""
+
+    steps: list[StepRecord]
+    cpu: CpuUsage

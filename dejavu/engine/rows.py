@@ -1,0 +1,104 @@
+"""Who sits in which row, with which KV blocks: the controller's books, and pure."""
+
+import heapq
+from dataclasses import dataclass, field
+
+from dejavu.engine.messages import Admission
+from dejavu.request import Request
+
+
+class BlockAllocator:
+    """Hand out the KV blocks 0 … num_blocks-1; the same ids mean the same request in every stage."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.free = set(range(num_blocks))
+        self.lowest = list(range(num_blocks))  # a heap of all free blocks, and of some that are taken again
+        self.peak = 0
+
+    def take(self, count: int, home: int) -> tuple[int, ...]:
+        """Take `count` free blocks: those from `home` on if they are free, so that a row keeps its place, or others."""
+        assert count <= len(self.free)
+        wanted = range(home, home + count)
+        chosen = tuple(wanted) if self.free.issuperset(wanted) else tuple(self.pop_lowest() for _ in range(count))
+        self.free.difference_update(chosen)
+        self.peak = max(self.peak, self.num_blocks - len(self.free))
+        return chosen
+
+    def pop_lowest(self) -> int:
+        """Take the lowest free block."""
+        while (block := heapq.heappop(self.lowest)) not in self.free:
+            continue
+        self.free.remove(block)
+        return block
+
+    def give(self, blocks: tuple[int, ...]) -> None:
+        """Take blocks back."""
+        assert self.free.isdisjoint(blocks)
+        self.free.update(blocks)
+        for block in blocks:
+            heapq.heappush(self.lowest, block)
+        if len(self.lowest) > 2 * self.num_blocks + len(blocks):
+            self.lowest = sorted(self.free)
+
+
+@dataclass(slots=True)
+class RowTable:
+    """Assign requests to rows: the emptiest microbatch first, first come first served, never more than fits.
+
+    A request gets all blocks it can come to need, so that a step never finds the pool full.
+    """
+
+    num_microbatches: int
+    microbatch_size: int
+    block_size: int
+    num_blocks: int
+    blocks: BlockAllocator = field(init=False)
+    occupants: dict[tuple[int, int], Admission] = field(default_factory=dict)
+    next_serial: int = 0
+
+    def __post_init__(self) -> None:
+        self.blocks = BlockAllocator(self.num_blocks)
+
+    @property
+    def num_rows(self) -> int:
+        """Give the number of rows, taken or not."""
+        return self.num_microbatches * self.microbatch_size
+
+    def admit(self, request: Request) -> Admission | None:
+        """Seat a request, or give None while it has to wait for a row or for memory."""
+        needed = blocks_needed(request, self.block_size)
+        if len(self.occupants) == self.num_rows or needed > len(self.blocks.free):
+            return None
+        microbatch, row = self.choose_row()
+        home = (microbatch * self.microbatch_size + row) * (self.num_blocks // self.num_rows)
+        admission = Admission(self.next_serial, microbatch, row, self.blocks.take(needed, home), request)
+        self.occupants[microbatch, row] = admission
+        self.next_serial += 1
+        return admission
+
+    def choose_row(self) -> tuple[int, int]:
+        """Give the lowest free row of the microbatch with the fewest requests."""
+        busy = [0] * self.num_microbatches
+        for microbatch, _ in self.occupants:
+            busy[microbatch] += 1
+        microbatch = busy.index(min(busy))
+        row = next(r for r in range(self.microbatch_size) if (microbatch, r) not in self.occupants)
+        return microbatch, row
+
+    def release(self, admission: Admission) -> None:
+        """Free the row and the blocks of a request that has ended."""
+        place = admission.microbatch, admission.row
+        assert self.occupants[place] is admission
+        del self.occupants[place]
+        self.blocks.give(admission.blocks)
+
+
+def kv_tokens(request: Request) -> int:
+    """Count the tokens whose KV a request can come to need: the last one's is never read."""
+    return len(request.prompt_token_ids) + request.sampling.max_tokens - 1
+
+
+def blocks_needed(request: Request, block_size: int) -> int:
+    """Count the blocks that a request can come to need."""
+    return -(-kv_tokens(request) // block_size)

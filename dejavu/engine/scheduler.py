@@ -1,0 +1,136 @@
+"""Which microbatch goes next through the pipeline, and with which tokens: the first stage's books, and pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dejavu.engine.messages import Admission, RowWork, Sampled, Work
+from dejavu.request import finish_reason
+
+
+@dataclass(slots=True)
+class RowProgress:
+    """Follow one request through its row. Tokens [0, context) are in the cache, or in a pass under way."""
+
+    admission: Admission
+    context: int = 0
+    num_output: int = 0
+    next_token: int | None = None  # sampled, not yet passed through the pipeline
+
+    @property
+    def prompt_left(self) -> int:
+        """Give the number of prompt tokens still to process."""
+        return max(0, len(self.admission.request.prompt_token_ids) - self.context)
+
+
+@dataclass(slots=True)
+class Microbatch:
+    """Hold the rows of one microbatch; at most one of its passes is under way."""
+
+    index: int
+    rows: dict[int, RowProgress] = field(default_factory=dict)
+    step: int = 0
+    in_flight: bool = False
+
+
+class Scheduler:
+    """Choose the next pass, round robin over the microbatches that are not under way.
+
+    New prompts go first, whole (`prompt_chunk` 0), up to `max_prompt_tokens` in a pass; then every row takes a token
+    step. With a `prompt_chunk` each pass takes the token steps and up to so many prompt tokens together.
+    """
+
+    def __init__(
+        self, num_microbatches: int, prompt_chunk: int, max_prompt_tokens: int, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self.microbatches = [Microbatch(index) for index in range(num_microbatches)]
+        self.prompt_chunk = prompt_chunk
+        self.max_prompt_tokens = max_prompt_tokens
+        self.eos_token_ids = eos_token_ids
+        self.places: dict[int, tuple[Microbatch, int]] = {}  # serial → (microbatch, row) of every live request
+        self.turn = 0
+
+    def admit(self, admission: Admission) -> None:
+        """Put a request into its row, in place of one that has ended."""
+        microbatch = self.microbatches[admission.microbatch]
+        if previous := microbatch.rows.get(admission.row):
+            self.release(previous.admission.serial)
+        microbatch.rows[admission.row] = RowProgress(admission)
+        self.places[admission.serial] = microbatch, admission.row
+
+    def release(self, serial: int) -> None:
+        """Drop a request, if it is still there: no further step is started for it."""
+        if place := self.places.pop(serial, None):
+            microbatch, row = place
+            del microbatch.rows[row]
+
+    def sampled(self, result: Sampled) -> None:
+        """Take the tokens of a finished pass; a request that ends with its token is dropped."""
+        self.microbatches[result.microbatch].in_flight = False
+        for token in result.tokens:
+            if token.serial not in self.places:
+                continue
+            microbatch, row = self.places[token.serial]
+            progress = microbatch.rows[row]
+            progress.num_output += 1
+            progress.next_token = token.token_id
+            params = progress.admission.request.sampling
+            if finish_reason(params, self.eos_token_ids, progress.num_output, token.token_id):
+                self.release(token.serial)
+
+    def next_work(self) -> Work | None:
+        """Give the next pass, or None while every microbatch is under way or has nothing to do."""
+        count = len(self.microbatches)
+        for offset in range(count):
+            microbatch = self.microbatches[(self.turn + offset) % count]
+            if not microbatch.in_flight and (rows := list(self.choose_rows(microbatch))):
+                self.turn = (microbatch.index + 1) % count
+                return self.start(microbatch, rows)
+        return None
+
+    def choose_rows(self, microbatch: Microbatch) -> Iterator[tuple[RowProgress, int]]:
+        """Give the rows of the next pass, each with its number of new tokens."""
+        prompts = sorted((p for p in microbatch.rows.values() if p.prompt_left), key=lambda p: p.admission.serial)
+        if self.prompt_chunk or not prompts:
+            yield from ((p, 1) for p in microbatch.rows.values() if p.next_token is not None)
+        budget = self.prompt_chunk or self.max_prompt_tokens
+        for index, progress in enumerate(prompts):
+            num_new = min(progress.prompt_left, budget) if self.prompt_chunk else progress.prompt_left
+            if num_new > budget and index:
+                return
+            if num_new == 0:
+                return
+            budget = max(0, budget - num_new)
+            yield progress, num_new
+
+    def start(self, microbatch: Microbatch, rows: list[tuple[RowProgress, int]]) -> Work:
+        """Make the pass and mark its tokens as under way."""
+        admissions = tuple(progress.admission for progress, _ in rows if progress.context == 0)
+        token_ids: list[int] = []
+        row_works = []
+        for progress, num_new in rows:
+            token_ids += take_tokens(progress, num_new)
+            row_works.append(advance(progress, num_new))
+        work = Work(microbatch.step, microbatch.index, tuple(row_works), admissions, tuple(token_ids))
+        microbatch.step += 1
+        microbatch.in_flight = True
+        return work
+
+
+def take_tokens(progress: RowProgress, num_new: int) -> tuple[int, ...]:
+    """Give the next tokens of a row to pass through the pipeline: prompt tokens, or the one sampled last."""
+    if progress.prompt_left:
+        return progress.admission.request.prompt_token_ids[progress.context : progress.context + num_new]
+    assert progress.next_token is not None
+    token = progress.next_token
+    progress.next_token = None
+    return (token,)
+
+
+def advance(progress: RowProgress, num_new: int) -> RowWork:
+    """Describe a row's part of a pass, and count its tokens as cached."""
+    admission = progress.admission
+    is_prompt = progress.prompt_left > 0
+    samples = progress.prompt_left <= num_new
+    work = RowWork(admission.serial, admission.row, num_new, progress.context, is_prompt, samples)
+    progress.context += num_new
+    return work

@@ -1,0 +1,82 @@
+"""Wait without spinning: an idle rank has to leave its core to the ranks that compute."""
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+
+from dejavu.errors import DeadlineError
+
+SHORTEST_S = 50e-6
+LONGEST_S = 20e-3
+
+
+class Doorbell:
+    """Sleep until another rank of this host rings, or for a while.
+
+    MPI has no wait that sleeps. So each rank owns a datagram socket in the abstract namespace (it leaves no file and
+    vanishes with the process), and who sends a message rings it afterwards. A ring only says "look again": one that
+    is lost, or forged, costs a look. Ranks on other hosts cannot ring; for them the sleeps are short at first.
+    """
+
+    def __init__(self, job: str, rank: int) -> None:
+        self.job = job
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        self.socket.bind(self.address(rank))
+
+    def address(self, rank: int) -> str:
+        """Give the name of a rank's socket."""
+        return f"\0dejavu-{self.job}-{rank}"
+
+    def ring(self, rank: int) -> None:
+        """Wake a rank of this host; one that has enough rings waiting, or is gone, needs none."""
+        try:
+            self.socket.sendto(b"", self.address(rank))
+        except (BlockingIOError, ConnectionRefusedError):
+            return
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep until a ring, at most so long."""
+        if select.select([self.socket], [], [], seconds)[0]:
+            self.clear()
+
+    def clear(self) -> None:
+        """Take all rings that have come."""
+        try:
+            while True:
+                self.socket.recv(1)
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        """Give up the socket."""
+        self.socket.close()
+
+
+class Patience:
+    """Pause between looks at something, an eighth of the time waited so far, until a deadline.
+
+    `deadline_s` None waits for ever: for work that may not come. `sleep` is a Doorbell's, or time.sleep.
+    """
+
+    __slots__ = ("deadline_s", "sleep", "started", "what")
+
+    def __init__(self, what: str, deadline_s: float | None, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.what = what
+        self.deadline_s = deadline_s
+        self.sleep = sleep
+        self.started = time.monotonic()
+
+    def pause(self, at_most_s: float = LONGEST_S) -> None:
+        """Sleep once; raise DeadlineError when the deadline has passed."""
+        waited = time.monotonic() - self.started
+        if self.deadline_s is not None and waited > self.deadline_s:
+            raise DeadlineError(f"waited {waited:.1f} s for {self.what}: a rank hangs, or --stall-timeout is too short")
+        self.sleep(min(at_most_s, LONGEST_S, max(SHORTEST_S, waited / 8)))
+
+
+def new_job_name() -> str:
+    """Make an unguessable name for the sockets of one job."""
+    return os.urandom(12).hex()
