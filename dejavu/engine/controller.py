@@ -1,0 +1,265 @@
+"""The controller: takes requests at any time, seats them in rows, and gives out their tokens as they come."""
+
+import heapq
+import queue
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from dejavu.engine.messages import Admission, Ready, Release, Report, Sampled, SampledToken, Stop
+from dejavu.engine.rows import RowTable, blocks_needed
+from dejavu.engine.text import StreamFactory, TextWatch
+from dejavu.errors import CapacityError
+from dejavu.measure.clock import RunClock
+from dejavu.request import Completion, FinishReason, Request, TokenLogprobs, finish_reason
+from dejavu.transport.mpi import Channel
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """Tell that a request has a further token, or has ended; `text` is what can now be shown."""
+
+    request_id: str
+    token_id: int | None  # None when the request was cancelled
+    text: str
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+    time_s: float
+
+
+@dataclass(slots=True)
+class Running:
+    """Hold a request that sits in a row."""
+
+    admission: Admission
+    completion: Completion
+    watch: TextWatch | None
+
+
+@dataclass(slots=True)
+class Counts:
+    """Count the controller's requests and tokens, for the progress display."""
+
+    submitted: int = 0
+    done: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class Inbox:
+    """Hold what other threads asked for until the controller looks."""
+
+    requests: queue.SimpleQueue[Request] = field(default_factory=queue.SimpleQueue)
+    cancels: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+
+
+class Controller:
+    """Drive a pipeline from rank 0. `submit` and `cancel` may be called from any thread, all else from one.
+
+    Requests are seated in the order of their arrival; one that has to wait for memory lets none pass.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        head: int,
+        table: RowTable,
+        eos_token_ids: tuple[int, ...],
+        make_stream: StreamFactory | None = None,
+        stall_timeout_s: float = 60.0,
+    ) -> None:
+        """Drive the pipeline whose first stage is led by rank `head`; without `make_stream` there is no text.
+
+        `clock` starts anew when the workers are ready: request arrivals count from then.
+        """
+        self.channel = channel
+        self.head = head
+        self.table = table
+        self.eos_token_ids = eos_token_ids
+        self.clock = RunClock.start()
+        self.make_stream = make_stream
+        self.stall_timeout_s = stall_timeout_s
+        self.inbox = Inbox()
+        self.future: list[tuple[float, int, Request]] = []  # a heap of requests that have not arrived yet
+        self.order = count()
+        self.waiting: deque[Completion] = deque()  # arrived, first come first
+        self.running: dict[int, Running] = {}  # by serial
+        self.counts = Counts()
+        self.reports: dict[int, Report] = {}
+        self.ready: dict[int, Ready] = {}
+
+    def submit(self, request: Request) -> None:
+        """Take a request; raise CapacityError if the pool could never hold it."""
+        needed, there = blocks_needed(request, self.table.block_size), self.table.num_blocks
+        if needed > there:
+            raise CapacityError(
+                f"request {request.request_id!r} needs {needed} KV blocks of {self.table.block_size} tokens "
+                f"and the pool has {there}: raise --kv-memory, or shorten it"
+            )
+        self.counts.submitted += 1
+        self.inbox.requests.put(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early; nothing happens if it has ended already."""
+        self.inbox.cancels.put(request_id)
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether no request is left."""
+        return self.counts.done == self.counts.submitted
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Serve requests to their end and give what they produced, in their order."""
+        results: dict[str, Completion] = {}
+        order = []
+        for request in requests:
+            order.append(request.request_id)
+            self.submit(request)
+        for _, completion in self.events():
+            if completion.finish_reason:
+                results[completion.request.request_id] = completion
+        return [results[request_id] for request_id in order]
+
+    def events(self) -> Iterator[tuple[TokenEvent, Completion]]:
+        """Give each token as it comes, until no request is left; raise DeadlineError when the pipeline stalls."""
+        patience = self.channel.patience("the next token", self.stall_timeout_s)
+        while not self.is_idle:
+            events = self.poll()
+            yield from events
+            if events or not self.running:
+                patience = self.channel.patience("the next token", self.stall_timeout_s)
+            if not events:
+                patience.pause(at_most_s=self.until_next_arrival_s())
+
+    def poll(self) -> list[tuple[TokenEvent, Completion]]:
+        """Do all that can be done now, without waiting; give the tokens that have come."""
+        self.take_inbox()
+        events = self.take_cancels()
+        while item := self.channel.poll():
+            rank, message = item
+            match message:
+                case Sampled():
+                    events += self.take_tokens(message)
+                case Report():
+                    self.reports[rank] = message
+                case Ready():
+                    self.ready[rank] = message
+                case other:
+                    raise AssertionError(f"unexpected message {other!r}")
+        self.seat()
+        return events
+
+    def until_next_arrival_s(self) -> float:
+        """Give the time until the next scheduled request, at least a little."""
+        return max(1e-4, self.future[0][0] - self.clock.now_s()) if self.future else float("inf")
+
+    def take_inbox(self) -> None:
+        """Put new requests in the order of arrival."""
+        while not self.inbox.requests.empty():
+            request = self.inbox.requests.get()
+            heapq.heappush(self.future, (request.arrival_s, next(self.order), request))
+
+    def seat(self) -> None:
+        """Let arrived requests take rows, first come first served."""
+        while self.future and self.future[0][0] <= self.clock.now_s():
+            self.waiting.append(Completion(heapq.heappop(self.future)[2]))
+        while self.waiting and (admission := self.table.admit(self.waiting[0].request)):
+            completion = self.waiting.popleft()
+            completion.admitted_s = self.clock.now_s()
+            stop = completion.request.sampling.stop
+            watch = TextWatch(self.make_stream(), stop) if self.make_stream else None
+            self.running[admission.serial] = Running(admission, completion, watch)
+            self.channel.send(self.head, admission)
+
+    def take_tokens(self, result: Sampled) -> list[tuple[TokenEvent, Completion]]:
+        """Take the tokens of one pass; those of requests that have ended meanwhile are dropped."""
+        live = [token for token in result.tokens if token.serial in self.running]
+        return [self.take_token(self.running[token.serial], token, result.time_s) for token in live]
+
+    def take_token(self, running: Running, token: SampledToken, time_s: float) -> tuple[TokenEvent, Completion]:
+        """Take one token, and end the request if it was its last."""
+        completion = running.completion
+        assert token.index == len(completion.token_ids)
+        if not completion.token_ids:
+            completion.first_token_s = time_s
+        completion.token_ids.append(token.token_id)
+        if token.logprobs:
+            completion.logprobs.append(token.logprobs)
+        self.counts.tokens += 1
+        params = completion.request.sampling
+        reason = finish_reason(params, self.eos_token_ids, len(completion.token_ids), token.token_id)
+        text = ""
+        if running.watch:
+            text, stopped = running.watch.push(token.token_id, len(completion.token_ids) >= params.min_tokens)
+            reason = FinishReason.STOP if stopped else reason
+        if reason:
+            text += self.end(running, reason, time_s)
+        return TokenEvent(
+            completion.request.request_id, token.token_id, text, token.logprobs, reason, time_s
+        ), completion
+
+    def end(self, running: Running, reason: FinishReason, time_s: float) -> str:
+        """End a seated request: free its row, tell the pipeline; give the rest of its text."""
+        completion = running.completion
+        completion.finish_reason = reason
+        completion.finish_s = time_s
+        rest = ""
+        if running.watch:
+            rest = running.watch.finish()
+            completion.text = running.watch.text
+        del self.running[running.admission.serial]
+        self.table.release(running.admission)
+        self.channel.send(self.head, Release(running.admission.serial))
+        self.counts.done += 1
+        return rest
+
+    def take_cancels(self) -> list[tuple[TokenEvent, Completion]]:
+        """End the requests that were to be cancelled, wherever they are."""
+        ids = set()
+        while not self.inbox.cancels.empty():
+            ids.add(self.inbox.cancels.get())
+        if not ids:
+            return []
+        now_s = self.clock.now_s()
+        seated = [r for r in self.running.values() if r.completion.request.request_id in ids]
+        texts = [(r.completion, self.end(r, FinishReason.CANCELLED, now_s)) for r in seated]
+        return [cancelled(completion, text, now_s) for completion, text in texts + self.drop_unseated(ids, now_s)]
+
+    def drop_unseated(self, ids: set[str], now_s: float) -> list[tuple[Completion, str]]:
+        """Forget requests that have no row yet."""
+        dropped = [c for c in self.waiting if c.request.request_id in ids]
+        self.waiting = deque(c for c in self.waiting if c.request.request_id not in ids)
+        dropped += [Completion(request) for _, _, request in self.future if request.request_id in ids]
+        self.future = [entry for entry in self.future if entry[2].request_id not in ids]
+        heapq.heapify(self.future)
+        for completion in dropped:
+            completion.finish_reason, completion.finish_s = FinishReason.CANCELLED, now_s
+        self.counts.done += len(dropped)
+        return [(completion, "") for completion in dropped]
+
+    def wait_ready(self, workers: Sequence[int], deadline_s: float) -> dict[int, Ready]:
+        """Wait until every worker has loaded its weights."""
+        self.wait_for(self.ready, workers, "the workers to load", deadline_s)
+        return self.ready
+
+    def stop(self, workers: Sequence[int]) -> dict[int, Report]:
+        """End the run, and collect what each worker recorded."""
+        self.channel.send(self.head, Stop())
+        self.wait_for(self.reports, workers, "the workers' reports", self.stall_timeout_s)
+        return self.reports
+
+    def wait_for(
+        self, answers: dict[int, Ready] | dict[int, Report], workers: Sequence[int], what: str, deadline_s: float
+    ) -> None:
+        """Poll until every worker has answered."""
+        patience = self.channel.patience(what, deadline_s)
+        while any(rank not in answers for rank in workers):
+            self.poll()
+            patience.pause()
+
+
+def cancelled(completion: Completion, text: str, time_s: float) -> tuple[TokenEvent, Completion]:
+    """Make the event of a cancelled request."""
+    event = TokenEvent(completion.request.request_id, None, text, None, FinishReason.CANCELLED, time_s)
+    return event, completion

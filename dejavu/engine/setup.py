@@ -1,0 +1,21 @@
+"""What every rank has to know to take its place in a pipeline."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dejavu.config import ServeConfig
+from dejavu.engine.sizing import CacheSize
+from dejavu.model.spec import ModelSpec
+from dejavu.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetup:
+    """Hold a checked run, the same on every rank: nothing in it can fail any more but the machine."""
+
+    config: ServeConfig
+    spec: ModelSpec
+    directory: Path | None  # of the checkpoint; None makes random weights
+    topology: Topology
+    cache: CacheSize
+    dtype: str
