@@ -1,0 +1,74 @@
+"""Draw a run's summary for people: few digits, units, 80 columns."""
+
+from typing import TYPE_CHECKING
+
+from dejavu.measure.summary import LATENCIES, Percentiles, Summary
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+TITLES = dict(zip(LATENCIES, ("time to first token", "time per later token", "latency per output token"), strict=True))
+
+
+def render_summary(summary: Summary) -> "RenderableType":
+    """Draw a summary as a rich table that reads well in 80 columns."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for name, text in summary_facts(summary):
+        facts.add_row(name, text)
+    latencies = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    latencies.add_column("latency", style="bold", no_wrap=True)
+    for percentile in Percentiles._fields:
+        latencies.add_column(percentile, justify="right", min_width=9, no_wrap=True)
+    for key, name in TITLES.items():
+        latencies.add_row(name, *map(format_seconds, summary.latencies[key]))
+    return Group(latencies, facts)
+
+
+def summary_facts(summary: Summary) -> list[tuple[str, str]]:
+    """Give the named lines of the drawn summary, in order."""
+    cancelled = f", {summary.cancelled_requests} cancelled" if summary.cancelled_requests else ""
+    idle = "  ".join(f"{stage}:{format_percent(part)}" for stage, part in enumerate(summary.stage_idle_fractions))
+    return [
+        ("requests", f"{summary.requests}{cancelled} in {format_seconds(summary.makespan_s)}"),
+        ("tokens", f"{summary.prompt_tokens} prompt, {summary.output_tokens} output"),
+        (
+            "throughput",
+            f"{format_number(summary.tokens_per_s)} tokens/s, {format_number(summary.requests_per_s)} requests/s",
+        ),
+        ("idle by stage", idle),
+        ("peak KV", format_bytes(summary.peak_kv_bytes)),
+    ]
+
+
+def format_number(value: float) -> str:
+    """Write a number with three digits, more only before the point; `-` for NaN."""
+    if value != value:
+        return "-"
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded number: 9.996 is 10.0
+    return f"{value:.{max(0, 2 - exponent)}f}" if value else "0"
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a time with three digits in the unit that suits it."""
+    if seconds != seconds or abs(seconds) >= 0.9995:
+        return format_number(seconds) + ("" if seconds != seconds else " s")
+    scale, unit = (1e3, "ms") if abs(seconds) >= 0.9995e-3 else (1e6, "µs")
+    return f"{format_number(seconds * scale)} {unit}"
+
+
+def format_percent(fraction: float) -> str:
+    """Write a fraction as a whole percentage; `-` for NaN."""
+    return "-" if fraction != fraction else f"{100 * fraction:.0f}%"
+
+
+def format_bytes(count: int) -> str:
+    """Write a number of bytes with three digits in a power of 1024."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(count.bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{format_number(count / 1024**power)} {units[power]}" if power else f"{count} B"

@@ -1,0 +1,193 @@
+"""The directory of one run: who may make it, and what each file in it holds."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dejavu.errors import ConfigError, UsageError
+from dejavu.measure.files import replacing
+from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord, write_csv, write_table
+from dejavu.measure.summary import Summary, summarize
+from dejavu.measure.trace import write_trace
+from dejavu.request import Completion, TokenLogprobs
+
+RUNS = Path("results/runs")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Name the files of one run; whoever was given the path of an existing one may make it anew from that path."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, name: str, out: str | Path | None = None, now: datetime | None = None) -> "RunDirectory":
+        """Make the directory of a new run: `out`, or results/runs/TIME-NAME under the current directory.
+
+        An existing `out` may hold other files, which stay; one that holds a run is refused. The directory is claimed
+        by its status file, so of two runs that ask for the same `out` one is refused. Raises ConfigError.
+        """
+        try:
+            if out is None:
+                return cls(make_unique(RUNS / f"{now or datetime.now():%Y%m%d-%H%M%S}-{name}")).claim()
+            Path(out).mkdir(parents=True, exist_ok=True)
+            return cls(Path(out)).claim()
+        except OSError as error:
+            place = RUNS if out is None else out
+            reason = error.strerror or error
+            raise ConfigError(f"cannot make run directory {place} ({reason}): name a writable one with --out") from None
+
+    def claim(self) -> "RunDirectory":
+        """Write the first status, exclusively; raise ConfigError if a run has been here."""
+        files = (self.run_file, self.result_file, self.status_file, self.outputs_file)
+        taken = next((file for file in files if file.exists()), None)
+        if taken is not None or not write_exclusive(self.status_file, {"state": "starting"}):
+            name = (taken or self.status_file).name
+            raise ConfigError(
+                f"{self.path} already holds a run (its {name}): name another directory with --out, or remove that run"
+            )
+        return self
+
+    @property
+    def run_file(self) -> Path:
+        """Name the file that says what was run, where and with what."""
+        return self.path / "run.yaml"
+
+    @property
+    def outputs_file(self) -> Path:
+        """Name the file of generated tokens and texts."""
+        return self.path / "outputs.jsonl"
+
+    @property
+    def status_file(self) -> Path:
+        """Name the file that says how far the run is."""
+        return self.path / "status.json"
+
+    @property
+    def result_file(self) -> Path:
+        """Name the file that says how the run ended."""
+        return self.path / "result.json"
+
+    def write_run(self, description: Mapping[str, Any]) -> None:
+        """Write run.yaml from plain values (see `environment.describe_run`)."""
+        with replacing(self.run_file) as file:
+            yaml.safe_dump(dict(description), file, sort_keys=False, allow_unicode=True, width=120)
+
+    def write_outputs(self, completions: Iterable[Completion]) -> None:
+        """Write outputs.jsonl, one line a request in the given order, finished or not."""
+        with replacing(self.outputs_file) as file:
+            file.writelines(
+                json.dumps(output(done), ensure_ascii=False, allow_nan=False) + "\n" for done in completions
+            )
+
+    def write_records(
+        self,
+        completions: Sequence[Completion],
+        steps: Sequence[StepRecord],
+        transfers: Sequence[TransferRecord] = (),
+        *,
+        rank_names: Mapping[int, str],
+        num_stages: int,
+        peak_kv_bytes: int,
+    ) -> Summary:
+        """Write outputs, requests, steps, transfers (where there are any), summary and trace; give the summary."""
+        requests = [RequestRecord.from_completion(completion) for completion in completions]
+        summary = summarize(requests, steps, num_stages, peak_kv_bytes)
+        self.write_outputs(completions)
+        write_csv(self.path / "requests.csv", requests, RequestRecord)
+        write_csv(self.path / "steps.csv", steps, StepRecord)
+        if transfers:
+            write_csv(self.path / "transfers.csv", transfers, TransferRecord)
+        row = summary.row()
+        write_table(self.path / "summary.csv", row.keys(), [row.values()])
+        write_trace(self.path / "trace.json", rank_names, steps, requests, transfers)
+        return summary
+
+    def write_status(self, status: Mapping[str, Any]) -> None:
+        """Replace status.json at once: a reader sees the old or the new one, whole."""
+        with replacing(self.status_file) as file:
+            json.dump(plain(status), file, allow_nan=False)
+
+    def read_status(self) -> dict[str, Any] | None:
+        """Read status.json; None before there is one."""
+        return read_object(self.status_file)
+
+    def write_result(self, outcome: str, exit_code: int, error: str | None = None, rank: int = 0) -> bool:
+        """Write how the run ended, unless a rank has said so already; tell whether this call was the first."""
+        result = {"outcome": outcome, "exit_code": exit_code, "error": error, "rank": rank}
+        return write_exclusive(self.result_file, result)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """Read how the run ended; None before the outcome is written, and whole."""
+        return read_object(self.result_file)
+
+
+def make_unique(path: Path) -> Path:
+    """Make a directory that was not there: `path`, or the first free one of `path`-2, `path`-3, ..."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    candidate, number = path, 1
+    while True:
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
+        else:
+            return candidate
+
+
+def write_exclusive(path: Path, value: Mapping[str, Any]) -> bool:
+    """Write a JSON object into a new file with one system call; leave an existing one alone and give False."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(file, "wb", buffering=0) as target:
+        target.write(json.dumps(value).encode() + b"\n")
+    return True
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None while the file is missing or unfinished."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds no JSON object: name a directory that `dejavu serve` wrote")
+    return value
+
+
+def output(completion: Completion) -> dict[str, Any]:
+    """Give a request's line of outputs.jsonl; log-probabilities only where they were asked for."""
+    line = {
+        "request_id": completion.request.request_id,
+        "prompt_tokens": len(completion.request.prompt_token_ids),
+        "token_ids": list(completion.token_ids),
+        "text": completion.text,
+        "finish_reason": None if completion.finish_reason is None else completion.finish_reason.value,
+    }
+    if completion.request.sampling.logprobs is not None:
+        line["logprobs"] = [logprobs_object(token) for token in completion.logprobs]
+    return line
+
+
+def logprobs_object(token: TokenLogprobs) -> dict[str, Any]:
+    """Give a token's log-probabilities for JSON, which has no minus infinity: null is a probability of zero."""
+    return {"logprob": plain(token.chosen), "top": [[token_id, plain(value)] for token_id, value in token.top]}
+
+
+def plain(value: Any) -> Any:
+    """Give a value for JSON: numbers that are not finite, at any depth, become null."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
