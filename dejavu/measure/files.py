@@ -1,6 +1,7 @@
 """Write a file whole or not at all, so that a reader never sees half of one."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
     UTF-8, newlines as written; half a surrogate pair (JSON can carry one) becomes its backslash escape. Raises OSError.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file

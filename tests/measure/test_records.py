@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dejavu.errors import UsageError
@@ -52,6 +52,7 @@ def cells(row):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(rows, max_size=4))
+@example([Everything("a\rb", 1, 0.1, True, "a", None, None)])
 def test_rows_come_back_bit_for_bit(tmp_path_factory, written):
     path = tmp_path_factory.mktemp("csv") / "rows.csv"
     write_csv(path, written, Everything)

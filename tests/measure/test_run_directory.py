@@ -120,14 +120,16 @@ def test_a_reader_never_sees_half_a_status(tmp_path):
             if stop.is_set():
                 return
 
-    writer = threading.Thread(target=write)
-    writer.start()
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
     try:
         for _ in range(300):
             json.loads(run.status_file.read_text())  # raises on half a file, and on a missing one
     finally:
         stop.set()
-        writer.join(20)
+        for writer in writers:
+            writer.join(20)
     assert [path.name for path in run.path.iterdir()] == ["status.json"]
 
 
