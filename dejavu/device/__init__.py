@@ -1,1 +1,63 @@
 """The devices: streams, events and memory, with one interface and a backend for CPU and CUDA."""
+
+from typing import Literal
+
+from dejavu.device.base import (
+    DEFAULT_DEADLINE_S,
+    FLAG_BYTES,
+    IPC_HANDLE_BYTES,
+    Buffer,
+    Device,
+    DeviceError,
+    DeviceProperties,
+    Event,
+    Graph,
+    Location,
+    Stream,
+)
+from dejavu.device.pieces import Pieces, make_pieces, pieces_from
+
+__all__ = [
+    "DEFAULT_DEADLINE_S",
+    "FLAG_BYTES",
+    "IPC_HANDLE_BYTES",
+    "Buffer",
+    "Device",
+    "DeviceError",
+    "DeviceProperties",
+    "Event",
+    "Graph",
+    "Location",
+    "Pieces",
+    "Stream",
+    "make_pieces",
+    "num_cuda_devices",
+    "open_device",
+    "pieces_from",
+]
+
+
+def open_device(kind: Literal["cpu", "cuda", "auto"] = "auto", index: int = 0) -> Device:
+    """Open a device; "auto" takes CUDA where a device is usable, and the CPU elsewhere.
+
+    DeviceError where "cuda" was asked for by name and cannot be had: says what is missing.
+    """
+    if kind == "cuda" or (kind == "auto" and num_cuda_devices() > 0):
+        from dejavu.device.cuda import open_cuda
+
+        return open_cuda(index)
+    assert kind in ("cpu", "auto"), kind
+    from dejavu.device.cpu import CpuDevice
+
+    return CpuDevice()
+
+
+def num_cuda_devices() -> int:
+    """Give the number of CUDA devices that this process sees; 0 without cuda-python or without a driver."""
+    from dejavu.device.cuda_driver import missing
+
+    if missing() is not None:
+        return 0
+    from dejavu.device.cuda_driver import count_devices
+
+    return count_devices()

@@ -1,0 +1,295 @@
+"""Streams and events of the CPU: worker threads with CUDA's rules of order."""
+
+import threading
+import time
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable
+
+from dejavu.device.base import DEFAULT_DEADLINE_S, DeviceError, Event, Stream
+from dejavu.device.cpu_memory import SharedMemory
+from dejavu.device.flags import Flag
+from dejavu.errors import DeadlineError
+
+Job = Callable[[], None]
+CANCEL_POLL_S = 0.02  # how soon a stream that waits for another one's event sees that it was cancelled
+
+
+class Mark:
+    """Hold one recording of an event: reached or not, when, and the error of the stream that it was made in."""
+
+    __slots__ = ("_reached", "error", "time_s")
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self.error: Exception | None = None
+        self.time_s = float("nan")
+
+    def reach(self, error: Exception | None) -> None:
+        """Let everybody who waits go on."""
+        self.error = error
+        self.time_s = time.perf_counter()
+        self._reached.set()
+
+    def query(self) -> bool:
+        """Say whether the mark is reached; raises the stream's error."""
+        if not self._reached.is_set():
+            return False
+        if self.error is not None:
+            raise self.error
+        return True
+
+    def wait(self, deadline_s: float | None) -> None:
+        """Block until the mark is reached; raises the stream's error, or DeadlineError."""
+        if not self._reached.wait(deadline_s):
+            raise DeadlineError(f"an event was not reached within {deadline_s} s: a peer has stopped, or is slow")
+        self.query()
+
+    def follow(self, stream: "CpuStream") -> None:
+        """Block the worker of `stream` until the mark is reached; the error of the other stream becomes its own."""
+        while not self._reached.wait(CANCEL_POLL_S):
+            stream.check()
+        self.query()
+
+
+Entry = tuple["Job | Mark", tuple[object, ...]]
+
+
+class CpuStream(Stream):
+    """Hold what both kinds of CPU stream share: the sticky error."""
+
+    __slots__ = ("error", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.error: Exception | None = None
+
+    @property
+    def handle(self) -> int:
+        """Give 0: there is no CUDA stream."""
+        return 0
+
+    def check(self) -> None:
+        """Raise the error that this stream has, if any."""
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self, error: Exception) -> None:
+        """Give the stream its error; waits look for it."""
+        if self.error is None:
+            self.error = error
+
+    @abstractmethod
+    def submit(self, job: Job, held: tuple[object, ...] = ()) -> None:
+        """Queue a job, or do it; `held` is what must stay alive until it is done."""
+
+    @abstractmethod
+    def mark(self, mark: Mark) -> None:
+        """Queue the reaching of a mark, which happens after an error too."""
+
+
+class InlineStream(CpuStream):
+    """Be the calling thread: work is done before the call returns, and its errors are raised by the call."""
+
+    __slots__ = ()
+
+    def submit(self, job: Job, held: tuple[object, ...] = ()) -> None:
+        """Do the job."""
+        job()
+
+    def mark(self, mark: Mark) -> None:
+        """Reach the mark."""
+        mark.reach(None)
+
+    def cancel(self, error: Exception) -> None:
+        """Do nothing: nothing is queued, and errors here belong to the call that they were raised by."""
+
+    def query(self) -> bool:
+        """Give True: nothing is ever queued."""
+        return True
+
+    def synchronize(self, deadline_s: float | None = None) -> None:
+        """Return at once: nothing is ever queued."""
+
+    def close(self) -> None:
+        """Do nothing: the thread is the caller's."""
+
+
+class ThreadStream(CpuStream):
+    """Run jobs on one worker thread, which the first job starts."""
+
+    __slots__ = ("__weakref__", "_closing", "_entries", "_on_close", "_ready", "_thread")
+
+    def __init__(self, name: str, on_close: Callable[["ThreadStream"], None]) -> None:
+        super().__init__(name)
+        self._entries: deque[Entry] = deque()
+        self._ready = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._on_close = on_close
+
+    def submit(self, job: Job, held: tuple[object, ...] = ()) -> None:
+        """Queue a job; after an error it is dropped when its turn comes."""
+        self._put((job, held))
+
+    def mark(self, mark: Mark) -> None:
+        """Queue the reaching of a mark."""
+        self._put((mark, ()))
+
+    def query(self) -> bool:
+        """Say whether all work is done; raises the stream's error."""
+        with self._ready:
+            busy = bool(self._entries)
+        self.check()
+        return not busy
+
+    def synchronize(self, deadline_s: float | None = None) -> None:
+        """Block until the work queued up to now is done."""
+        mark = Mark()
+        self.mark(mark)
+        mark.wait(deadline_s)
+
+    def close(self) -> None:
+        """Let the worker finish what is queued, and join it."""
+        with self._ready:
+            self._closing = True
+            self._ready.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._on_close(self)
+
+    def _put(self, entry: Entry) -> None:
+        with self._ready:
+            assert not self._closing, f"work was given to the closed stream {self.name}"
+            self._entries.append(entry)
+            if self._thread is None:
+                self._start()
+            self._ready.notify()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._work, name=f"stream-{self.name}", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (entry := self._next()) is not None:
+            self._run(entry[0])
+            del entry
+            self._finish()
+
+    def _next(self) -> Entry | None:
+        # The entry stays in the queue until it is done, so that an empty queue means an idle stream. Taking the lock
+        # between two jobs also orders their writes to shared memory on processors with weak ordering.
+        with self._ready:
+            while not self._entries and not self._closing:
+                self._ready.wait()
+            return self._entries[0] if self._entries else None
+
+    def _run(self, work: "Job | Mark") -> None:
+        if isinstance(work, Mark):
+            work.reach(self.error)
+            return
+        if self.error is not None:
+            return
+        try:
+            work()
+        except Exception as error:  # it is raised to whoever synchronises: the worker has no caller
+            self.cancel(error)
+
+    def _finish(self) -> None:
+        with self._ready:
+            self._entries.popleft()
+
+
+class CpuEvent(Event):
+    """Mark points of CPU streams of this process."""
+
+    __slots__ = ("_mark", "_timing")
+
+    def __init__(self, *, timing: bool) -> None:
+        self._timing = timing
+        self._mark: Mark | None = None
+
+    def record(self, stream: Stream) -> None:
+        """Queue a new mark."""
+        assert isinstance(stream, CpuStream)
+        self._mark = Mark()
+        stream.mark(self._mark)
+
+    def wait(self, stream: Stream) -> None:
+        """Queue the wait for the mark made last."""
+        assert isinstance(stream, CpuStream)
+        mark = self._mark
+        if mark is not None:
+            stream.submit(lambda: mark.follow(stream))
+
+    def query(self) -> bool:
+        """Say whether the mark has been reached."""
+        return self._mark is None or self._mark.query()
+
+    def synchronize(self, deadline_s: float | None = None) -> None:
+        """Block until the mark is reached."""
+        if self._mark is not None:
+            self._mark.wait(deadline_s)
+
+    def elapsed_ms(self, start: Event) -> float:
+        """Give the time between two marks."""
+        assert isinstance(start, CpuEvent)
+        return (self._time_s() - start._time_s()) * 1e3
+
+    def _time_s(self) -> float:
+        assert self._timing, "elapsed_ms needs events made with timing"
+        assert self._mark is not None, "elapsed_ms needs events that were recorded"
+        return self._mark.time_s
+
+    def ipc_handle(self) -> bytes:
+        """Refuse: this event was made for one process."""
+        raise DeviceError("this event has no handle: make it with interprocess=True")
+
+    def close(self) -> None:
+        """Forget the mark."""
+        self._mark = None
+
+
+class SharedEvent(Event):
+    """Mark points of a CPU stream for other processes: two counters in shared memory, recorded and reached."""
+
+    __slots__ = ("_memory", "_reached", "_recorded")
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory = memory
+        self._recorded = Flag(memory.address)
+        self._reached = Flag(memory.address + 4)
+
+    def record(self, stream: Stream) -> None:
+        """Queue the next mark; only the process that made the event does this."""
+        assert isinstance(stream, CpuStream)
+        count = self._recorded.read() + 1
+        self._recorded.write(count)
+        stream.submit(lambda: self._reached.write(count))
+
+    def wait(self, stream: Stream) -> None:
+        """Queue the wait for the mark made last."""
+        assert isinstance(stream, CpuStream)
+        count = self._recorded.read()
+        stream.submit(lambda: self._reached.wait(count, DEFAULT_DEADLINE_S, stream.check))
+
+    def query(self) -> bool:
+        """Say whether the mark made last has been reached."""
+        return self._reached.passed(self._recorded.read())
+
+    def synchronize(self, deadline_s: float | None = None) -> None:
+        """Block until the mark made last is reached."""
+        self._reached.wait(self._recorded.read(), deadline_s)
+
+    def elapsed_ms(self, start: Event) -> float:
+        """Refuse: an interprocess event keeps no time, as in CUDA."""
+        raise AssertionError("an interprocess event keeps no time")
+
+    def ipc_handle(self) -> bytes:
+        """Give the handle of the counters' memory."""
+        return self._memory.ipc_handle()
+
+    def close(self) -> None:
+        """Unmap the counters."""
+        self._memory.close()
