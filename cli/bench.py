@@ -1,0 +1,21 @@
+"""`dejavu bench NAME`: the benchmarks, each a module of `dejavu.benchmarks` with a `command`."""
+
+import click
+
+from .lazy import LazyGroup
+
+BENCHMARKS = {
+    "generate": "Time token generation beside another implementation.",
+}
+
+HELP = """Measure one part of the system, and check what it computed.
+
+Each prints a table, writes a run directory, and ends with one line of JSON."""
+
+
+@click.command(cls=LazyGroup, package="dejavu.benchmarks", table=BENCHMARKS, help=HELP, invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context, /) -> None:
+    """List the benchmarks where none is named."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())

@@ -1,0 +1,128 @@
+"""What every rank of a job does as a process: die with its parent, and end the whole job when it fails."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dejavu.cluster.launcher import JOB, RUN_DIR, world_rank
+from dejavu.errors import DejavuError
+from dejavu.measure.run_directory import RunDirectory
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Say how a job ended: `error` is what the user reads, `rank` who wrote it (-1: no rank did)."""
+
+    outcome: Literal["ok", "error"]
+    exit_code: int = 0
+    error: str | None = None
+    rank: int = -1
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether the job did what was asked."""
+        return self.outcome == "ok"
+
+
+def read_outcome(directory: RunDirectory) -> Outcome | None:
+    """Read the outcome of a job, None while there is none."""
+    result = directory.read_result()
+    return Outcome(**result) if result else None
+
+
+def record(outcome: Outcome) -> bool:
+    """Write an outcome where the job has a run directory; give False if another rank has written one before."""
+    path = os.environ.get(RUN_DIR)
+    if not path or not Path(path).is_dir():
+        return True
+    return RunDirectory(Path(path)).write_result(outcome.outcome, outcome.exit_code, outcome.error, outcome.rank)
+
+
+def set_parent_death_signal(signum: int) -> None:
+    """Ask Linux to send this process `signum` when its parent's forking thread ends; elsewhere do nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """Have this rank killed when the mpirun daemon that started it dies, however it dies."""
+    parent = os.getppid()
+    set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def describe(error: BaseException, rank: int) -> Outcome:
+    """Turn an exception of a rank into the outcome of the job."""
+    if isinstance(error, DejavuError):
+        return Outcome("error", error.exit_code, str(error), rank)
+    first_line = (str(error).splitlines() or [""])[0]
+    text = f"rank {rank} failed: {type(error).__name__}" + (f": {first_line}" if first_line else "")
+    return Outcome("error", 130 if isinstance(error, KeyboardInterrupt) else 1, text, rank)
+
+
+def report(error: BaseException, outcome: Outcome, *, first: bool, supervised: bool) -> None:
+    """Write to stderr what this rank knows: its traceback, unless it only follows from another rank's failure.
+
+    A supervisor prints the outcome's own line, so here it is printed without one.
+    """
+    lines = []
+    if first and not isinstance(error, (DejavuError, KeyboardInterrupt)):
+        text = "".join(traceback.format_exception(error))
+        lines = [f"rank {outcome.rank}: {line}" for line in text.rstrip().splitlines()]
+    elif not first:
+        lines = [f"rank {outcome.rank}: {type(error).__name__}: {error} (after another rank had failed)"]
+    if first and not supervised:
+        lines.append(f"error: {outcome.error}")
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    sys.stderr.flush()
+
+
+def fail(error: BaseException) -> int:
+    """Report an exception, record it as the job's outcome, end all ranks; give the exit code where MPI is not up."""
+    outcome = describe(error, world_rank(os.environ) or 0)
+    first = record(outcome)
+    report(error, outcome, first=first, supervised=JOB in os.environ)
+    sys.stdout.flush()
+    abort(outcome.exit_code)
+    return outcome.exit_code
+
+
+def abort(exit_code: int) -> None:
+    """End every rank of the job at once, if this process takes part in one through MPI."""
+    if "mpi4py.MPI" not in sys.modules:
+        return
+    from mpi4py import MPI
+
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.COMM_WORLD.Abort(exit_code)
+
+
+def guarded(body: Callable[[], int]) -> int:
+    """Run the main program of a rank and give its exit code; any exception, in any thread, ends the whole job.
+
+    The run directory is taken from DEJAVU_RUN_DIR at the time of a failure.
+    """
+    die_with_parent()
+    threading.excepthook = lambda details: fail_in_thread(details.exc_value)
+    try:
+        return body()
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        return fail(error)
+
+
+def fail_in_thread(error: BaseException | None) -> None:
+    """End the job, and this process, for an exception that would end a thread only."""
+    if error is not None and not isinstance(error, SystemExit):
+        os._exit(fail(error))

@@ -1,0 +1,228 @@
+"""Watch a job from outside mpirun: show its output and progress, find its outcome, and leave nothing of it behind."""
+
+import os
+import secrets
+import selectors
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+
+from dejavu.cluster.launcher import JOB, Launch
+from dejavu.cluster.leftovers import kill_job, remove_session_files
+from dejavu.cluster.noise import BoilerplateFilter, Lines
+from dejavu.cluster.process import Outcome, read_outcome, set_parent_death_signal
+from dejavu.cluster.progress import Display, read_status
+from dejavu.measure.run_directory import RunDirectory
+
+TICK_S = 0.1
+STATUS_EVERY_S = 0.2
+DRAIN_S = 1.0
+GRACE_S = 5.0
+FAILED_GRACE_S = 2.5
+LINGER_S = {"ok": 10.0, "error": 1.5}  # how long a job may take to end by itself once its outcome is known
+TAIL_LINES = 20
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LAUNCH_FAILED = 213
+
+
+class Stopped(BaseException):
+    """Tell that a signal asks this process to end the job."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Raise Stopped for Ctrl-C, SIGTERM and SIGHUP; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, raise_stopped) for signum in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def raise_stopped(signum: int, frame: FrameType | None) -> None:
+    """Turn a signal into an exception."""
+    raise Stopped(signum)
+
+
+def new_job() -> str:
+    """Make the unguessable name that marks every process of a job."""
+    return secrets.token_hex(16)
+
+
+class Supervisor:
+    """Run one mpirun from start to end; the run directory is new."""
+
+    def __init__(self, launch: Launch, directory: RunDirectory, display: Display, *, grace_s: float = GRACE_S) -> None:
+        assert launch.environment[JOB]
+        self.launch = launch
+        self.directory = directory
+        self.display = display
+        self.grace_s = grace_s
+        self.filter = BoilerplateFilter()
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.streams = selectors.DefaultSelector()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started = time.time()
+
+    def run(self) -> Outcome:
+        """Start the job, watch it to its end, and give its outcome."""
+        with stop_signals():
+            try:
+                self.start()
+                self.watch()
+                return self.outcome()
+            except Stopped as stopped:
+                self.stop(self.grace_s)
+                name = signal.Signals(stopped.signum).name
+                return Outcome("error", 128 + stopped.signum, f"stopped by {name}")
+            finally:
+                self.sweep()
+
+    def start(self) -> None:
+        """Start mpirun as the leader of its own session, where the terminal's Ctrl-C does not reach it."""
+        self.process = subprocess.Popen(
+            self.launch.command,
+            env=dict(self.launch.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
+        )
+        assert self.process.stdout
+        assert self.process.stderr
+        self.streams.register(self.process.stdout, selectors.EVENT_READ, Lines(self.show))
+        self.streams.register(self.process.stderr, selectors.EVENT_READ, Lines(self.show_filtered))
+
+    def watch(self) -> None:
+        """Pass output and progress on until mpirun has ended, and end it where it does not after its outcome."""
+        assert self.process
+        status_due = known_since = 0.0
+        while self.process.poll() is None:
+            self.pump(TICK_S)
+            now = time.monotonic()
+            if now < status_due:
+                continue
+            status_due = now + STATUS_EVERY_S
+            self.display.update(read_status(self.directory))
+            result = read_outcome(self.directory)
+            known_since = (known_since or now) if result else 0.0
+            if result and now - known_since > LINGER_S[result.outcome]:
+                self.stop(FAILED_GRACE_S)
+        self.drain(DRAIN_S)
+
+    def pump(self, timeout_s: float) -> bool:
+        """Pass on what has come within `timeout_s`; give False at the end of both streams."""
+        if not self.streams.get_map():
+            time.sleep(timeout_s)
+            return False
+        ready = self.streams.select(timeout_s)
+        for key, _ in ready:
+            data = os.read(key.fd, 65536)
+            key.data.feed(data) if data else self.close_stream(key)
+        if not ready:
+            self.show_rest()
+        return bool(self.streams.get_map())
+
+    def close_stream(self, key: selectors.SelectorKey) -> None:
+        """Take the end of a stream."""
+        self.streams.unregister(key.fileobj)
+        key.data.flush()
+
+    def show_rest(self) -> None:
+        """Show what has waited too long for the end of its line or block."""
+        for key in self.streams.get_map().values():
+            key.data.flush()
+        for line in self.filter.release():
+            self.show(line, error=True)
+
+    def drain(self, timeout_s: float) -> None:
+        """Pass on what the pipes still hold; a process that outlives mpirun may keep them open."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self.pump(TICK_S):
+            continue
+        self.show_rest()
+
+    def show(self, line: str, *, error: bool = False) -> None:
+        """Show one line of output."""
+        self.tail.append(line)
+        self.display.write(line, error=error)
+
+    def show_filtered(self, line: str) -> None:
+        """Show one line of stderr, unless it is mpirun's notice of an end."""
+        for shown in self.filter.push(line):
+            self.show(shown, error=True)
+
+    def outcome(self) -> Outcome:
+        """Find how the job ended: mpirun's exit code says little, so a job without a result has failed."""
+        assert self.process
+        result = read_outcome(self.directory)
+        if result:
+            return result
+        for line in self.filter.withheld:
+            self.show(line, error=True)
+        code = self.process.returncode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return Outcome("error", 1, f"the job ended without a result (mpirun: {how})")
+
+    @property
+    def launch_failed(self) -> bool:
+        """Tell whether mpirun itself could not start the ranks, which happens once in hundreds and passes."""
+        if self.process is None or read_outcome(self.directory) or read_status(self.directory).state != "starting":
+            return False
+        said = any("listener thread failed" in line for line in [*self.tail, *self.filter.withheld])
+        return said or self.process.returncode == LAUNCH_FAILED
+
+    def stop(self, grace_s: float) -> None:
+        """End mpirun, which ends its ranks: ask it, then kill it after `grace_s` or at a second signal."""
+        if self.process is None:
+            return
+        try:
+            self.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + grace_s
+            while self.process.poll() is None and time.monotonic() < deadline:
+                self.pump(TICK_S)
+        except Stopped:
+            self.process.kill()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def sweep(self) -> None:
+        """Kill every process of the job that is left on this host, and remove the files of a killed mpirun."""
+        self.streams.close()
+        if self.process is None:
+            return
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream:
+                stream.close()
+        kill_job(self.launch.environment[JOB])
+        remove_session_files(self.process.pid, self.started)
+
+
+def run_job(launch: Launch, directory: RunDirectory, display: Display) -> Outcome:
+    """Run a job to its end and give its outcome; try once more where mpirun itself failed to start it."""
+    with display:
+        supervisor = Supervisor(launch, directory, display)
+        outcome = supervisor.run()
+        if not supervisor.launch_failed:
+            return outcome
+        display.write("mpirun could not start the ranks: trying once more", error=True)
+        return Supervisor(launch, directory, display).run()
