@@ -63,7 +63,7 @@ def _convert_atomically(path: Path, target: Path, dtype: Dtype) -> None:
     """Write the checkpoint beside `target`, then rename it."""
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
-        _write_checkpoint(_open(path), partial, dtype)
+        _write_checkpoint(open_gguf(path), partial, dtype)
         partial.rename(target)
     except OSError as error:
         raise ModelError(
@@ -75,14 +75,14 @@ def _convert_atomically(path: Path, target: Path, dtype: Dtype) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class GGUFSource:
     """Hold an opened GGUF file: its metadata as Python values, and its tensors by name (mapped, not read)."""
 
     metadata: dict[str, Any]
     tensors: dict[str, Any]
 
 
-def _open(path: Path) -> _Source:
+def open_gguf(path: Path) -> GGUFSource:
     """Open a GGUF file; raises ModelError where it is not one."""
     import gguf
 
@@ -91,7 +91,7 @@ def _open(path: Path) -> _Source:
         metadata = {name: _value(field) for name, field in reader.fields.items()}
     except (ValueError, IndexError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is no readable GGUF file ({error}): download it again") from error
-    return _Source(metadata, {tensor.name: tensor for tensor in reader.tensors})
+    return GGUFSource(metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def _value(field: Any) -> Any:
@@ -103,7 +103,7 @@ def _value(field: Any) -> Any:
     return field.contents()
 
 
-def _write_checkpoint(source: _Source, directory: Path, dtype: Dtype) -> None:
+def _write_checkpoint(source: GGUFSource, directory: Path, dtype: Dtype) -> None:
     """Write every file of the checkpoint; the configuration first, as it refuses what is not supported."""
     from dejavu.model.gguf_tokenizer import build_tokenizer
 
@@ -128,7 +128,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_tensors(file: BinaryIO, source: _Source, config: dict[str, Any], dtype: Dtype) -> None:
+def _write_tensors(file: BinaryIO, source: GGUFSource, config: dict[str, Any], dtype: Dtype) -> None:
     """Write a safetensors file tensor by tensor, so that memory holds one of them at a time.
 
     Source: the format's description (8 bytes of header length, a JSON header padded to 8 bytes, the data).
