@@ -82,7 +82,7 @@ def process_logits(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
 
     The softmax of a row of the result is the distribution that a row with a temperature draws from.
     """
-    scores = logits.clone()
+    scores = logits.clone(memory_format=torch.contiguous_format)
     _ban(scores, rows)
     _bias(scores, rows)
     _penalize_repetition(scores, rows)
