@@ -42,7 +42,7 @@ def show(config: ServeConfig, arguments: list[str]) -> int:
     from dejavu.model.resolve import resolve_model
 
     console = Console()
-    topology = build_topology(config, resolve_model(config.model, config.load_format).spec, required_ranks(config))
+    topology = build_topology(config, resolve_model(config.model, "dummy").spec, required_ranks(config))
     console.print(rank_table(topology))
     show_line(console, make_launch(config, arguments, console))
     return 0
@@ -62,10 +62,10 @@ def start(config: ServeConfig, arguments: list[str]) -> int:
     directory = RunDirectory.create(config.name, config.out)
     launch = make_launch(config, arguments, console, run_dir=directory.path.absolute(), job=new_job())
     show_line(console, launch)
-    outcome = run_job(launch, directory, open_display(console, progress=config.progress))
-    if outcome.error:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {outcome.error}", err=True)
-    return outcome.exit_code
+    result = run_job(launch, directory, open_display(console, progress=config.progress))
+    if result.error:
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {result.error}", err=True)
+    return result.exit_code
 
 
 def make_launch(config: ServeConfig, arguments: list[str], console: Console, **job: Any) -> Launch:

@@ -55,18 +55,23 @@ def mapped_segments() -> set[str]:
 
 
 def remove_session_files(mpirun_pid: int, started: float) -> None:
-    """Remove what an mpirun that was killed, and its ranks, left since `started` (seconds of the epoch).
+    """Remove what an mpirun that was killed, or ranks that crashed, left since `started` (seconds of the epoch).
 
-    That is its session directory, and shared-memory files that nobody maps. An mpirun that ended by itself has
-    removed its directory, and then there is nothing to look for.
+    That is mpirun's session directory, and shared-memory files of this user that nobody maps. The newest are left
+    alone: another job may be about to map them.
     """
-    session = Path(tempfile.gettempdir(), f"ompi.{mpirun_pid}")
-    if not session.is_dir():
-        return
-    shutil.rmtree(session, ignore_errors=True)
-    mapped = mapped_segments()
-    for path in SHARED_MEMORY.glob(SEGMENTS):
-        with suppress(*GONE):
-            found = path.stat()
-            if found.st_uid == os.getuid() and found.st_mtime >= started and str(path) not in mapped:
-                path.unlink()
+    shutil.rmtree(Path(tempfile.gettempdir(), f"ompi.{mpirun_pid}"), ignore_errors=True)
+    candidates = [path for path in SHARED_MEMORY.glob(SEGMENTS) if is_left_since(path, started)]
+    mapped = mapped_segments() if candidates else set()
+    for path in candidates:
+        if str(path) not in mapped:
+            path.unlink(missing_ok=True)
+
+
+def is_left_since(path: Path, started: float) -> bool:
+    """Tell whether a file is this user's, and was made after `started` and more than a second ago."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return found.st_uid == os.getuid() and started <= found.st_mtime < time.time() - 1

@@ -52,8 +52,8 @@ class Lines:
     rest: bytes = b""
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes."""
-        *lines, self.rest = (self.rest + data).split(b"\n")
+        """Take the next bytes; mpirun ends its notices with a zero byte, which is dropped."""
+        *lines, self.rest = (self.rest + data.replace(b"\0", b"")).split(b"\n")
         for line in lines:
             self.take(decode(line))
 

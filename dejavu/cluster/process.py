@@ -19,7 +19,7 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class JobResult:
     """Say how a job ended: `error` is what the user reads, `rank` who wrote it (-1: no rank did)."""
 
     outcome: Literal["ok", "error"]
@@ -33,18 +33,18 @@ class Outcome:
         return self.outcome == "ok"
 
 
-def read_outcome(directory: RunDirectory) -> Outcome | None:
-    """Read the outcome of a job, None while there is none."""
+def read_result(directory: RunDirectory) -> JobResult | None:
+    """Read how a job ended, None while it has not said so."""
     result = directory.read_result()
-    return Outcome(**result) if result else None
+    return JobResult(**result) if result else None
 
 
-def record(outcome: Outcome) -> bool:
-    """Write an outcome where the job has a run directory; give False if another rank has written one before."""
+def record(result: JobResult) -> bool:
+    """Write the result where the job has a run directory; give False if another rank has written one before."""
     path = os.environ.get(RUN_DIR)
     if not path or not Path(path).is_dir():
         return True
-    return RunDirectory(Path(path)).write_result(outcome.outcome, outcome.exit_code, outcome.error, outcome.rank)
+    return RunDirectory(Path(path)).write_result(result.outcome, result.exit_code, result.error, result.rank)
 
 
 def set_parent_death_signal(signum: int) -> None:
@@ -61,40 +61,40 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def describe(error: BaseException, rank: int) -> Outcome:
-    """Turn an exception of a rank into the outcome of the job."""
+def describe(error: BaseException, rank: int) -> JobResult:
+    """Turn an exception of a rank into the result of the job."""
     if isinstance(error, DejavuError):
-        return Outcome("error", error.exit_code, str(error), rank)
+        return JobResult("error", error.exit_code, str(error), rank)
     first_line = (str(error).splitlines() or [""])[0]
     text = f"rank {rank} failed: {type(error).__name__}" + (f": {first_line}" if first_line else "")
-    return Outcome("error", 130 if isinstance(error, KeyboardInterrupt) else 1, text, rank)
+    return JobResult("error", 130 if isinstance(error, KeyboardInterrupt) else 1, text, rank)
 
 
-def report(error: BaseException, outcome: Outcome, *, first: bool, supervised: bool) -> None:
+def report(error: BaseException, result: JobResult, *, first: bool, supervised: bool) -> None:
     """Write to stderr what this rank knows: its traceback, unless it only follows from another rank's failure.
 
-    A supervisor prints the outcome's own line, so here it is printed without one.
+    A supervisor prints the result's own line, so here it is printed without one.
     """
     lines = []
     if first and not isinstance(error, (DejavuError, KeyboardInterrupt)):
         text = "".join(traceback.format_exception(error))
-        lines = [f"rank {outcome.rank}: {line}" for line in text.rstrip().splitlines()]
+        lines = [f"rank {result.rank}: {line}" for line in text.rstrip().splitlines()]
     elif not first:
-        lines = [f"rank {outcome.rank}: {type(error).__name__}: {error} (after another rank had failed)"]
+        lines = [f"rank {result.rank}: {type(error).__name__}: {error} (after another rank had failed)"]
     if first and not supervised:
-        lines.append(f"error: {outcome.error}")
+        lines.append(f"error: {result.error}")
     sys.stderr.write("".join(f"{line}\n" for line in lines))
     sys.stderr.flush()
 
 
 def fail(error: BaseException) -> int:
-    """Report an exception, record it as the job's outcome, end all ranks; give the exit code where MPI is not up."""
-    outcome = describe(error, world_rank(os.environ) or 0)
-    first = record(outcome)
-    report(error, outcome, first=first, supervised=JOB in os.environ)
+    """Report an exception, record it as the job's result, end all ranks; give the exit code where MPI is not up."""
+    result = describe(error, world_rank(os.environ) or 0)
+    first = record(result)
+    report(error, result, first=first, supervised=JOB in os.environ)
     sys.stdout.flush()
-    abort(outcome.exit_code)
-    return outcome.exit_code
+    abort(result.exit_code)
+    return result.exit_code
 
 
 def abort(exit_code: int) -> None:

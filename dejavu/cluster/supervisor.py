@@ -1,4 +1,4 @@
-"""Watch a job from outside mpirun: show its output and progress, find its outcome, and leave nothing of it behind."""
+"""Watch a job from outside mpirun: show its output and progress, find its result, and leave nothing of it behind."""
 
 import os
 import secrets
@@ -8,15 +8,15 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 
 from dejavu.cluster.launcher import JOB, Launch
 from dejavu.cluster.leftovers import kill_job, remove_session_files
 from dejavu.cluster.noise import BoilerplateFilter, Lines
-from dejavu.cluster.process import Outcome, read_outcome, set_parent_death_signal
+from dejavu.cluster.process import JobResult, read_result, set_parent_death_signal
 from dejavu.cluster.progress import Display, read_status
 from dejavu.measure.run_directory import RunDirectory
 
@@ -24,8 +24,8 @@ TICK_S = 0.1
 STATUS_EVERY_S = 0.2
 DRAIN_S = 1.0
 GRACE_S = 5.0
-FAILED_GRACE_S = 2.5
-LINGER_S = {"ok": 10.0, "error": 1.5}  # how long a job may take to end by itself once its outcome is known
+FAILED_GRACE_S = 2.0
+LINGER_S = {"ok": 10.0, "error": 1.0}  # how long a job may take to end by itself once its result is known
 TAIL_LINES = 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCH_FAILED = 213
@@ -40,17 +40,17 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stop_signals() -> Iterator[None]:
-    """Raise Stopped for Ctrl-C, SIGTERM and SIGHUP; only the main thread can."""
+def handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Give Ctrl-C, SIGTERM and SIGHUP to `handler` for a while; in a thread, where that cannot be, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.signal(signum, raise_stopped) for signum in STOP_SIGNALS}
+    before = {signum: signal.signal(signum, handler) for signum in STOP_SIGNALS}
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
 
 
 def raise_stopped(signum: int, frame: FrameType | None) -> None:
@@ -78,19 +78,20 @@ class Supervisor:
         self.process: subprocess.Popen[bytes] | None = None
         self.started = time.time()
 
-    def run(self) -> Outcome:
-        """Start the job, watch it to its end, and give its outcome."""
-        with stop_signals():
+    def run(self) -> JobResult:
+        """Start the job, watch it to its end, and give its result."""
+        with handling(raise_stopped):
             try:
                 self.start()
                 self.watch()
-                return self.outcome()
+                return self.result()
             except Stopped as stopped:
                 self.stop(self.grace_s)
                 name = signal.Signals(stopped.signum).name
-                return Outcome("error", 128 + stopped.signum, f"stopped by {name}")
+                return JobResult("error", 128 + stopped.signum, f"stopped by {name}")
             finally:
-                self.sweep()
+                with handling(signal.SIG_IGN):
+                    self.sweep()
 
     def start(self) -> None:
         """Start mpirun as the leader of its own session, where the terminal's Ctrl-C does not reach it."""
@@ -109,7 +110,7 @@ class Supervisor:
         self.streams.register(self.process.stderr, selectors.EVENT_READ, Lines(self.show_filtered))
 
     def watch(self) -> None:
-        """Pass output and progress on until mpirun has ended, and end it where it does not after its outcome."""
+        """Pass output and progress on until mpirun has ended, and end it where it does not after its result."""
         assert self.process
         status_due = known_since = 0.0
         while self.process.poll() is None:
@@ -119,7 +120,7 @@ class Supervisor:
                 continue
             status_due = now + STATUS_EVERY_S
             self.display.update(read_status(self.directory))
-            result = read_outcome(self.directory)
+            result = read_result(self.directory)
             known_since = (known_since or now) if result else 0.0
             if result and now - known_since > LINGER_S[result.outcome]:
                 self.stop(FAILED_GRACE_S)
@@ -167,62 +168,64 @@ class Supervisor:
         for shown in self.filter.push(line):
             self.show(shown, error=True)
 
-    def outcome(self) -> Outcome:
+    def result(self) -> JobResult:
         """Find how the job ended: mpirun's exit code says little, so a job without a result has failed."""
         assert self.process
-        result = read_outcome(self.directory)
+        result = read_result(self.directory)
         if result:
             return result
         for line in self.filter.withheld:
             self.show(line, error=True)
         code = self.process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return Outcome("error", 1, f"the job ended without a result (mpirun: {how})")
+        return JobResult("error", 1, f"the job ended without a result (mpirun: {how})")
 
     @property
     def launch_failed(self) -> bool:
         """Tell whether mpirun itself could not start the ranks, which happens once in hundreds and passes."""
-        if self.process is None or read_outcome(self.directory) or read_status(self.directory).state != "starting":
+        if self.process is None or read_result(self.directory) or read_status(self.directory).state != "starting":
             return False
         said = any("listener thread failed" in line for line in [*self.tail, *self.filter.withheld])
         return said or self.process.returncode == LAUNCH_FAILED
 
     def stop(self, grace_s: float) -> None:
-        """End mpirun, which ends its ranks: ask it, then kill it after `grace_s` or at a second signal."""
+        """End mpirun, which ends its ranks: ask it, then kill all after `grace_s` or at a second signal."""
         if self.process is None:
             return
-        try:
+        with suppress(Stopped):
             self.process.send_signal(signal.SIGTERM)
             deadline = time.monotonic() + grace_s
             while self.process.poll() is None and time.monotonic() < deadline:
                 self.pump(TICK_S)
-        except Stopped:
-            self.process.kill()
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        self.kill()
 
-    def sweep(self) -> None:
-        """Kill every process of the job that is left on this host, and remove the files of a killed mpirun."""
-        self.streams.close()
+    def kill(self) -> None:
+        """Kill mpirun and every process of the job on this host."""
         if self.process is None:
             return
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        kill_job(self.launch.environment[JOB])
+
+    def sweep(self) -> None:
+        """Kill every process of the job that is left on this host, and remove the files of a killed mpirun."""
+        self.streams.close()
+        self.kill()
+        if self.process is None:
+            return
         for stream in (self.process.stdout, self.process.stderr):
             if stream:
                 stream.close()
-        kill_job(self.launch.environment[JOB])
         remove_session_files(self.process.pid, self.started)
 
 
-def run_job(launch: Launch, directory: RunDirectory, display: Display) -> Outcome:
-    """Run a job to its end and give its outcome; try once more where mpirun itself failed to start it."""
+def run_job(launch: Launch, directory: RunDirectory, display: Display) -> JobResult:
+    """Run a job to its end and give its result; try once more where mpirun itself failed to start it."""
     with display:
         supervisor = Supervisor(launch, directory, display)
-        outcome = supervisor.run()
+        result = supervisor.run()
         if not supervisor.launch_failed:
-            return outcome
+            return result
         display.write("mpirun could not start the ranks: trying once more", error=True)
         return Supervisor(launch, directory, display).run()
