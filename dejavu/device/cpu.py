@@ -21,7 +21,7 @@ from dejavu.device.base import (
     resolve,
     span,
 )
-from dejavu.device.cpu_memory import BorrowedMemory, create_memory, map_fd, open_handle
+from dejavu.device.cpu_memory import BorrowedMemory, SharedMemory, create_memory, map_fd, open_handle
 from dejavu.device.cpu_stream import CpuEvent, CpuStream, InlineStream, SharedEvent, ThreadStream
 from dejavu.device.flags import Flag
 from dejavu.device.pieces import Pieces
@@ -148,7 +148,7 @@ class CpuDevice(Device):
     def _own(self, memory: Memory) -> Buffer:
         return Buffer(self, memory, memory.address, memory.nbytes, owner=True)
 
-    # Copies: each job holds the objects whose addresses it uses
+    # Copies: each job holds the mappings whose addresses it uses
 
     def copy(self, target: "Buffer | torch.Tensor", source: "Buffer | torch.Tensor", *, stream: Stream) -> None:
         """Queue a memmove."""
@@ -244,9 +244,16 @@ class CpuGraph(Graph):
         self._work = None
 
 
-def _submit(stream: Stream, job: Callable[[], None], *held: object) -> None:
+def _submit(stream: Stream, job: Callable[[], None], *places: "Buffer | torch.Tensor | None") -> None:
     assert isinstance(stream, CpuStream), f"{stream} is no stream of the CPU device"
-    stream.submit(job, held)
+    stream.submit(job, tuple(_held(place) for place in places))
+
+
+def _held(place: "Buffer | torch.Tensor | None") -> object:
+    if not isinstance(place, Buffer):
+        return place
+    assert isinstance(place.memory, (SharedMemory, BorrowedMemory)), f"{place} is no memory of the CPU device"
+    return place.memory.held
 
 
 def _properties() -> DeviceProperties:

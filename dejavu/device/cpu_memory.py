@@ -44,6 +44,11 @@ class SharedMemory(Memory):
         offset = address - self.address
         return torch.from_numpy(self._bytes[offset : offset + nbytes])
 
+    @property
+    def held(self) -> object:
+        """Give what keeps the mapping alive, for work that is queued when this memory is closed."""
+        return self._bytes
+
     def export_fd(self) -> int:
         """Give a duplicate of the descriptor."""
         assert self._bytes is not None, "the memory was closed"
@@ -121,6 +126,11 @@ class BorrowedMemory(Memory):
         """Give a part of the tensor."""
         assert self._tensor is not None, "the memory was closed"
         return self._tensor[address - self.address :][:nbytes]
+
+    @property
+    def held(self) -> object:
+        """Give the tensor."""
+        return self._tensor
 
     def export_fd(self) -> int:
         """Refuse: the memory was made elsewhere."""

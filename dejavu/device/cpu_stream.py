@@ -266,13 +266,13 @@ class SharedEvent(Event):
         assert isinstance(stream, CpuStream)
         count = self._recorded.read() + 1
         self._recorded.write(count)
-        stream.submit(lambda: self._reached.write(count))
+        stream.submit(lambda: self._reached.write(count), (self._memory.held,))
 
     def wait(self, stream: Stream) -> None:
         """Queue the wait for the mark made last."""
         assert isinstance(stream, CpuStream)
         count = self._recorded.read()
-        stream.submit(lambda: self._reached.wait(count, DEFAULT_DEADLINE_S, stream.check))
+        stream.submit(lambda: self._reached.wait(count, DEFAULT_DEADLINE_S, stream.check), (self._memory.held,))
 
     def query(self) -> bool:
         """Say whether the mark made last has been reached."""

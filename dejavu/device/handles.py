@@ -84,7 +84,8 @@ def send_message(connection: socket.socket, message: bytes, fds: tuple[int, ...]
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
     try:
         sent = connection.sendmsg([header, message], ancillary)
-        connection.sendall((header + message)[sent:])
+        if rest := (header + message)[sent:]:
+            connection.sendall(rest)
     except OSError as error:
         raise PeerLostError(f"the process at the other end of a local socket is gone ({error})") from error
 

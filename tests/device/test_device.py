@@ -388,7 +388,7 @@ def peer_process(device, role):
                 yield process, connection
         except Exception as error:
             process.kill()
-            error.add_note(process.stderr.read().decode())
+            error.add_note(f"peer ended with {process.wait(10)}: {process.stderr.read().decode()}")
             raise
         finally:
             process.kill()
