@@ -306,7 +306,7 @@ class Plan:
         edges = sorted({edge for t in transfers for edge in (t.window.first_layer, t.window.last_layer)})
         for first, last in pairwise(edges):
             parts = [t for t in transfers if t.window.first_layer <= first and last <= t.window.last_layer]
-            if parts and sum(t.window.num_heads for t in parts) == parts[0].overlap.target.num_heads:
+            if sum(t.window.num_heads for t in parts) == parts[0].overlap.target.num_heads:
                 yield tuple(t.source_rank for t in parts), first, last
 
 

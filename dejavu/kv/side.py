@@ -2,13 +2,13 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from dejavu.kv.layout import Ints, PoolLayout, Window
 
-Row = Hashable
+Row = Hashable  # a mapping's key type is invariant, so mappings of rows have keys of type Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class CacheSide:
     """
 
     ranks: tuple[RankCache, ...]
-    rows: Mapping[Row, Sequence[int] | Ints]
+    rows: Mapping[Any, Sequence[int] | Ints]
 
     def __post_init__(self) -> None:
         layouts = [each.layout for each in self.ranks]
@@ -87,7 +87,7 @@ class Selection:
         assert ((self.start >= 0) & (self.start <= self.stop)).all(), (self.start, self.stop)
 
     @classmethod
-    def of(cls, spans: Mapping[Row, tuple[int, int]], first_layer: int = 0, last_layer: int | None = None) -> Self:
+    def of(cls, spans: Mapping[Any, tuple[int, int]], first_layer: int = 0, last_layer: int | None = None) -> Self:
         """Choose tokens [start, stop) of each row of `spans`, in its order."""
         bounds = np.array(list(spans.values()), dtype=np.int64).reshape(-1, 2)
         return cls(tuple(spans), bounds[:, 0], bounds[:, 1], first_layer, last_layer)
