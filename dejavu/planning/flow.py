@@ -1,0 +1,119 @@
+"""Follow passes through a pipeline whose stages take equally long, in a time that does not grow with its depth.
+
+A pass of duration d that may enter at time r leaves stage s at T(s) = max(T(s-1) + hop, free(s)) + d, where free(s) is
+when the pass before it left stage s. Unrolled, free(s) is the largest of a few straight lines over s: one for each
+earlier pass that was slower than all after it. So the state is those lines, steepest first.
+"""
+
+SAME_S = 1e-10  # moments closer than this are one
+
+
+class Flow:
+    """Hold when each stage is free, as lines start + slope · stage; a pipeline that nobody has used is free at 0."""
+
+    __slots__ = ("clock_s", "depth", "hop_s", "lines")
+
+    def __init__(self, num_stages: int, hop_s: float = 0.0) -> None:
+        self.depth = num_stages - 1
+        self.hop_s = hop_s
+        self.lines: list[tuple[float, float]] = []  # (when stage 0 is free, later by this per stage), steepest first
+        self.clock_s = 0.0  # when stage 0 is free
+
+    def push(self, ready_s: float, duration_s: float) -> float:
+        """Send a pass that may start at `ready_s` through all stages; give when it leaves the last one."""
+        clock = (ready_s if ready_s > self.clock_s else self.clock_s) + duration_s
+        slope = duration_s + self.hop_s
+        depth = self.depth
+        end = clock + slope * depth
+        kept = []
+        for start, steeper in self.lines:
+            late = start + duration_s
+            if (
+                steeper > slope and late + steeper * depth > end + SAME_S
+            ):  # this earlier pass still delays the last stage
+                kept.append((late, steeper))
+        self.lines = [*kept, (clock, slope)] if kept else [(clock, slope)]
+        self.clock_s = clock
+        if kept:
+            end = kept[0][0] + kept[0][1] * depth
+            for late, steeper in kept:
+                end = max(end, late + steeper * depth)
+        return end
+
+    def free_s(self, stage: int) -> float:
+        """Give when a stage is free again."""
+        return max((start + slope * stage for start, slope in self.lines), default=0.0)
+
+    def delay_until(self, time_s: float) -> None:
+        """Forget what was under way, and keep every stage from starting anything before `time_s`."""
+        self.lines = [(time_s, 0.0)]
+        self.clock_s = time_s
+
+    def shift(self, seconds: float) -> None:
+        """Move the whole state later."""
+        self.lines = [(start + seconds, slope) for start, slope in self.lines]
+        self.clock_s += seconds
+
+    def state(self) -> list[float]:
+        """Give the moments that the future depends on."""
+        depth = self.depth
+        return [moment for start, slope in self.lines for moment in (start, start + slope * depth)]
+
+
+class StagedFlow:
+    """Follow passes stage by stage, as `Flow` does at once, with the fetches of swapped KV and a list of what was when.
+
+    A device holds the KV of two microbatches: the fetch for a pass begins when the pass before it begins.
+    """
+
+    __slots__ = ("clocks", "hop_s", "link_free_s", "spans", "stall_s", "started_s")
+
+    def __init__(self, num_stages: int, hop_s: float = 0.0) -> None:
+        self.clocks = [0.0] * num_stages
+        self.link_free_s = [0.0] * num_stages
+        self.started_s = [0.0] * num_stages  # when each stage's last pass began
+        self.hop_s = hop_s
+        self.stall_s = 0.0  # spent waiting for fetches, over all stages
+        self.spans: list[tuple[float, float]] = []  # of the last pass, by stage
+
+    @property
+    def clock_s(self) -> float:
+        """Give when stage 0 is free."""
+        return self.clocks[0]
+
+    def push(self, ready_s: float, duration_s: float, fetch_s: float = 0.0) -> float:
+        """Send a pass through all stages, its KV fetched in each; give when it leaves the last one."""
+        now = ready_s - self.hop_s
+        self.spans = []
+        for stage, clock in enumerate(self.clocks):
+            start = max(now + self.hop_s, clock)
+            if fetch_s:
+                fetched = max(self.link_free_s[stage], self.started_s[stage]) + fetch_s
+                self.link_free_s[stage] = fetched
+                self.stall_s += max(0.0, fetched - start)
+                start = max(start, fetched)
+            now = start + duration_s
+            self.started_s[stage] = start
+            self.clocks[stage] = now
+            self.spans.append((start, now))
+        return now
+
+    def free_s(self, stage: int) -> float:
+        """Give when a stage is free again."""
+        return self.clocks[stage]
+
+    def delay_until(self, time_s: float) -> None:
+        """Forget what was under way, and keep every stage from starting anything before `time_s`."""
+        self.clocks = [time_s] * len(self.clocks)
+        self.link_free_s = list(self.clocks)
+        self.started_s = list(self.clocks)
+
+    def shift(self, seconds: float) -> None:
+        """Move the whole state later."""
+        self.clocks = [clock + seconds for clock in self.clocks]
+        self.link_free_s = [moment + seconds for moment in self.link_free_s]
+        self.started_s = [moment + seconds for moment in self.started_s]
+
+    def state(self) -> list[float]:
+        """Give the moments that the future depends on while every fetch is done before it is needed."""
+        return list(self.clocks)

@@ -1,0 +1,286 @@
+"""Simulate serving: when each request gets its tokens, and how long each stage stands idle.
+
+The model is the engine's: see `pipeline`. This module shares requests out among pipelines and gathers what happened.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dejavu.errors import UsageError
+from dejavu.measure.records import RequestRecord, StepRecord
+from dejavu.planning.lengths import Lengths
+from dejavu.planning.pipeline import INFINITY, Job, Microbatch, Pipeline
+from dejavu.planning.setup import Failure, PipelineSetup, Setup
+from dejavu.request import FinishReason
+
+NAN = float("nan")
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Hold what a simulation gave; arrays are [num_requests], times in seconds after the start."""
+
+    requests: tuple[Lengths, ...]
+    admitted_s: Floats
+    first_token_s: Floats
+    finish_s: Floats
+    stage_busy_s: tuple[tuple[float, ...], ...]  # by pipeline and stage
+    stall_s: float  # spent waiting for swapped KV, over all stages
+    num_passes: int
+    steps: tuple[StepRecord, ...] = ()  # one per pass and stage, if they were recorded
+
+    @property
+    def arrival_s(self) -> Floats:
+        """Give when each request arrived."""
+        return np.array([request.arrival_s for request in self.requests])
+
+    @property
+    def output_tokens(self) -> NDArray[np.int64]:
+        """Give the tokens of each request."""
+        return np.array([request.output_tokens for request in self.requests])
+
+    @property
+    def makespan_s(self) -> float:
+        """Give the time from the first arrival to the last token."""
+        return float(self.finish_s.max() - self.arrival_s.min())
+
+    @property
+    def requests_per_s(self) -> float:
+        """Give requests over makespan."""
+        return len(self.requests) / self.makespan_s if self.makespan_s else INFINITY
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Give output tokens over makespan."""
+        return float(self.output_tokens.sum()) / self.makespan_s if self.makespan_s else INFINITY
+
+    @property
+    def ttft_s(self) -> Floats:
+        """Give each request's time to its first token."""
+        return self.first_token_s - self.arrival_s
+
+    @property
+    def tpot_s(self) -> Floats:
+        """Give each request's mean time per token after the first; 0 where there is only one."""
+        return (self.finish_s - self.first_token_s) / np.maximum(1, self.output_tokens - 1)
+
+    @property
+    def latency_per_token_s(self) -> Floats:
+        """Give each request's time from arrival to end over its tokens."""
+        return (self.finish_s - self.arrival_s) / self.output_tokens
+
+    @property
+    def idle_fractions(self) -> tuple[tuple[float, ...], ...]:
+        """Give the part of the makespan that each stage of each pipeline does nothing."""
+        span = self.makespan_s or 1.0
+        return tuple(tuple(1 - busy / span for busy in stages) for stages in self.stage_busy_s)
+
+    def goodput(self, ttft_s: float = INFINITY, tpot_s: float = INFINITY) -> float:
+        """Give the requests per second that meet both limits."""
+        good = (self.ttft_s <= ttft_s) & (self.tpot_s <= tpot_s)
+        return float(good.sum()) / self.makespan_s if self.makespan_s else INFINITY
+
+    def request_records(self) -> list[RequestRecord]:
+        """Give the rows of requests.csv."""
+        columns = (self.admitted_s, self.first_token_s, self.finish_s, self.ttft_s, self.tpot_s)
+        times = zip(*[column.tolist() for column in (*columns, self.latency_per_token_s)], strict=True)
+        return [
+            RequestRecord(str(index), *request, *row, finish_reason=FinishReason.LENGTH)
+            for index, (request, row) in enumerate(zip(self.requests, times, strict=True))
+        ]
+
+
+def simulate(setup: Setup, requests: Sequence[Lengths], *, record: bool = False) -> Result:
+    """Serve `requests` on the pipelines of `setup`; `record` keeps every pass, which takes longer.
+
+    Raise UsageError for no requests, or one with an impossible length or arrival.
+    """
+    checked = check_requests(requests)
+    return Simulation(setup, checked, record=record or bool(setup.failures)).run(record)
+
+
+def check_requests(requests: Sequence[Lengths]) -> tuple[Lengths, ...]:
+    """Let each request have at least one prompt and one output token; raise UsageError for what cannot be."""
+    if not requests:
+        raise UsageError("there are no requests to simulate: give a trace with at least one")
+    for index, request in enumerate(requests):
+        if request.prompt_tokens < 0 or request.output_tokens < 0 or not 0 <= request.arrival_s < INFINITY:
+            raise UsageError(
+                f"request {index} has {request.prompt_tokens} prompt tokens, {request.output_tokens} output tokens "
+                f"and arrives at {request.arrival_s:g} s: none of them can be negative"
+            )
+    return tuple(Lengths(max(1, p), max(1, o), float(a)) for p, o, a in requests)
+
+
+@dataclass(slots=True)
+class Pool:
+    """Let pipelines of one role share a queue, first come first served."""
+
+    pipelines: list[Pipeline]
+    waiting: list[tuple[float, int, Job]] = field(default_factory=list)  # a heap of (time, order, job)
+    places: list[tuple[Pipeline, Microbatch]] = field(default_factory=list)
+    num_free: int = 0
+    num_rows: int = 0
+
+    def __post_init__(self) -> None:
+        self.places = [(pipeline, m) for pipeline in self.pipelines for m in pipeline.microbatches]
+        self.num_rows = self.num_free = sum(m.num_rows for _, m in self.places)
+
+    @property
+    def next_s(self) -> float:
+        """Give when the next request can take a row, as far as rows are concerned."""
+        return self.waiting[0][0] if self.num_free and self.waiting else INFINITY
+
+    def add(self, time_s: float, job: Job) -> None:
+        """Let a request wait from `time_s` on."""
+        heapq.heappush(self.waiting, (time_s, job.order, job))
+
+    def emptiest(self) -> tuple[Pipeline, Microbatch]:
+        """Give the microbatch with the most free rows, the first of them."""
+        return max(self.places, key=lambda place: place[1].num_free)
+
+
+class Simulation:
+    """Hold the pipelines and queues of one run, and drive them in the order of time."""
+
+    def __init__(self, setup: Setup, requests: tuple[Lengths, ...], *, record: bool) -> None:
+        self.setup = setup
+        self.requests = requests
+        self.pipelines = [Pipeline(pipeline, record=record) for pipeline in setup.pipelines]
+        first = [p for p in self.pipelines if p.setup.role != "token"]
+        self.entry = Pool(first)  # where requests arrive
+        self.tokens = Pool([p for p in self.pipelines if p.setup.role == "token"])
+        self.pool_of = {id(p): self.tokens if p.setup.role == "token" else self.entry for p in self.pipelines}
+        self.failures = sorted(setup.failures, key=lambda failure: failure.time_s)
+        self.now_s = 0.0
+        self.admitted_s = [NAN] * len(requests)
+        self.first_token_s = [NAN] * len(requests)
+        self.finish_s = [NAN] * len(requests)
+        for order, index in enumerate(sorted(range(len(requests)), key=lambda i: requests[i].arrival_s)):
+            prompt, output, arrival = requests[index]
+            self.entry.add(arrival, Job(index, prompt, output, prompt, order))
+
+    def run(self, record: bool) -> Result:
+        """Drive everything to its end."""
+        times = [pipeline.next_s for pipeline in self.pipelines]
+        while True:
+            first_s = min(times)
+            pool, admission_s = self.next_admission()
+            failure_s = self.failures[0].time_s if self.failures else INFINITY
+            if failure_s <= min(first_s, admission_s) < INFINITY:
+                changed = self.fail(self.failures.pop(0))
+            elif admission_s <= first_s and admission_s < INFINITY:
+                changed = self.admit(pool, admission_s)
+            elif first_s < INFINITY:
+                changed = times.index(first_s)
+                others_s = min(times[:changed] + times[changed + 1 :], default=INFINITY)
+                self.drive(self.pipelines[changed], min(others_s, admission_s, failure_s), failure_s)
+            else:
+                return self.result(record)
+            times[changed] = self.pipelines[changed].next_s
+
+    def next_admission(self) -> tuple[Pool, float]:
+        """Give the pool that next seats a request, and when."""
+        entry_s = self.entry.next_s if self.may_prompt() else INFINITY
+        tokens_s = self.tokens.next_s
+        return (self.tokens, tokens_s) if tokens_s <= entry_s else (self.entry, entry_s)
+
+    def may_prompt(self) -> bool:
+        """Tell whether a further prompt may start before the token pipelines have a free row for it."""
+        ahead = self.setup.prompt_ahead
+        if ahead is None or not self.setup.is_disaggregated:
+            return True
+        under_way = self.entry.num_rows - self.entry.num_free + len(self.tokens.waiting)
+        return under_way < self.tokens.num_free + ahead
+
+    def admit(self, pool: Pool, time_s: float) -> int:
+        """Seat the first waiting request; give the index of its pipeline."""
+        self.now_s = max(self.now_s, time_s)
+        _, _, job = heapq.heappop(pool.waiting)
+        pipeline, microbatch = pool.emptiest()
+        pipeline.seat(microbatch, job, self.now_s)
+        pool.num_free -= 1
+        if self.admitted_s[job.request] != self.admitted_s[job.request]:
+            self.admitted_s[job.request] = self.now_s
+        return self.pipelines.index(pipeline)
+
+    def drive(self, pipeline: Pipeline, until_s: float, failure_s: float) -> None:
+        """Let a pipeline do its next events, and take what comes out."""
+        pipeline.run(until_s, min(failure_s, self.horizon_s(pipeline)))
+        for time_s, job in pipeline.done:
+            self.now_s = max(self.now_s, time_s)
+            if self.first_token_s[job.request] != self.first_token_s[job.request]:
+                self.first_token_s[job.request] = time_s
+            if not job.tokens_left:
+                self.finish_s[job.request] = time_s
+            elif pipeline.setup.role == "prompt":
+                self.tokens.add(time_s + self.setup.cache_s, job)
+            else:
+                continue
+            self.pool_of[id(pipeline)].num_free += 1
+        pipeline.done.clear()
+
+    def horizon_s(self, pipeline: Pipeline) -> float:
+        """Give the time before which no request can come into a pipeline."""
+        pool = self.pool_of[id(pipeline)]
+        if not pool.num_free:
+            return INFINITY
+        first_s = pool.waiting[0][0] if pool.waiting else INFINITY
+        if pool is self.entry:
+            return first_s
+        return min([first_s, self.entry.next_s, *[other.next_s for other in self.entry.pipelines]])
+
+    def fail(self, failure: Failure) -> int:
+        """Let a pipeline fail; give its index."""
+        pipeline = self.pipelines[failure.pipeline]
+        for job in pipeline.fail(failure):
+            self.tokens.num_free += 1
+            self.entry.add(failure.resume_s, job)
+        self.now_s = max(self.now_s, failure.time_s)
+        return failure.pipeline
+
+    def result(self, record: bool) -> Result:
+        """Gather what happened."""
+        return Result(
+            requests=self.requests,
+            admitted_s=np.array(self.admitted_s),
+            first_token_s=np.array(self.first_token_s),
+            finish_s=np.array(self.finish_s),
+            stage_busy_s=tuple(busy_s(pipeline) for pipeline in self.pipelines),
+            stall_s=sum(pipeline.stall_s for pipeline in self.pipelines),
+            num_passes=sum(pipeline.num_passes for pipeline in self.pipelines),
+            steps=tuple(self.step_records()) if record else (),
+        )
+
+    def step_records(self) -> Iterator[StepRecord]:
+        """Give every pass as a run would record it; ranks count the stages of all pipelines from 1."""
+        rank = 1
+        for pipeline in self.pipelines:
+            for done in sorted(pipeline.passes, key=lambda done: done.start_s):
+                stage, microbatch, step, kind, num_rows, num_tokens, start_s, end_s = done
+                place = rank + stage, stage, 0, microbatch, step, kind, num_rows, num_tokens
+                yield StepRecord(*place, start_s, end_s, end_s)
+            rank += pipeline.setup.stages
+
+
+def busy_s(pipeline: Pipeline) -> tuple[float, ...]:
+    """Add up what each stage of a pipeline worked; a pass that a failure cut short counts up to there."""
+    stages = range(pipeline.setup.stages)
+    if not pipeline.record:
+        return tuple(pipeline.work_s for _ in stages)
+    busy = [0.0 for _ in stages]
+    for done in pipeline.passes:
+        busy[done.stage] += done.end_s - done.start_s
+    return tuple(busy)
+
+
+def colocated(pipeline: PipelineSetup, replicas: int = 1, failures: tuple[Failure, ...] = ()) -> Setup:
+    """Describe `replicas` colocated pipelines behind one queue."""
+    if replicas < 1:
+        raise UsageError(f"{replicas} replicas cannot serve: give at least 1")
+    return Setup((pipeline,) * replicas, failures=failures)
