@@ -3,19 +3,20 @@
 import fcntl
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from dejavu import assets
 from dejavu.errors import ModelError
 from dejavu.model import gguf_config
+from dejavu.model.gguf_reader import GGUFSource, GGUFTensor, open_gguf
 
 CONVERTER_VERSION = 1  # part of the cache key: raise it with any change of what is written
 Dtype = Literal["bfloat16", "float32"]
@@ -74,45 +75,16 @@ def _convert_atomically(path: Path, target: Path, dtype: Dtype) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@dataclass(frozen=True, slots=True)
-class GGUFSource:
-    """Hold an opened GGUF file: its metadata as Python values, and its tensors by name (mapped, not read)."""
-
-    metadata: dict[str, Any]
-    tensors: dict[str, Any]
-
-
-def open_gguf(path: Path) -> GGUFSource:
-    """Open a GGUF file; raises ModelError where it is not one."""
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: _value(field) for name, field in reader.fields.items()}
-    except (ValueError, IndexError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is no readable GGUF file ({error}): download it again") from error
-    return GGUFSource(metadata, {tensor.name: tensor for tensor in reader.tensors})
-
-
-def _value(field: Any) -> Any:
-    """Give a metadata field's value; long arrays of strings, which the package decodes slowly, straight from bytes."""
-    import gguf
-
-    if field.types[-1] is gguf.GGUFValueType.STRING and len(field.types) == 2:
-        return [field.parts[index].tobytes().decode() for index in field.data]
-    return field.contents()
-
-
 def _write_checkpoint(source: GGUFSource, directory: Path, dtype: Dtype) -> None:
     """Write every file of the checkpoint; the configuration first, as it refuses what is not supported."""
     from dejavu.model.gguf_tokenizer import build_tokenizer
 
     if "token_embd.weight" not in source.tensors:
         raise ModelError("the GGUF file has no tensor 'token_embd.weight': give a whole language model")
-    vocab_size = int(source.tensors["token_embd.weight"].shape[1])
+    vocab_size = int(source.tensors["token_embd.weight"].shape[0])
     config = gguf_config.build_config(source.metadata, list(source.tensors), vocab_size)
     if gguf_config.ROPE_FACTORS in source.tensors:
-        factors = source.tensors[gguf_config.ROPE_FACTORS].data.tolist()
+        factors = source.tensors[gguf_config.ROPE_FACTORS].dequantize().tolist()
         config["rope_scaling"] = gguf_config.llama3_scaling(factors, config["rope_theta"], config["head_dim"])
     config["torch_dtype"] = dtype
     tokenizer, tokenizer_config = build_tokenizer(source.metadata)
@@ -138,36 +110,22 @@ def _write_tensors(file: BinaryIO, source: GGUFSource, config: dict[str, Any], d
     header += b" " * (-len(header) % 8)
     file.write(struct.pack("<Q", len(header)) + header)
     for name, tensor in tensors.items():
-        values = dequantize(tensor)
+        values = tensor.dequantize()
         if config["model_type"] == "llama":
             values = _unpermute(name, values, config)
         file.write((_round_to_bfloat16(values) if dtype == "bfloat16" else values).tobytes())
 
 
-def _safetensors_header(tensors: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+def _safetensors_header(tensors: dict[str, GGUFTensor], dtype: Dtype) -> dict[str, Any]:
     """Build the header: each tensor's type, shape and place in the data, in the order of `tensors`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     itemsize, start = {"bfloat16": 2, "float32": 4}[dtype], 0
     for name, tensor in tensors.items():
-        shape = [int(size) for size in reversed(tensor.shape)]  # ggml states the fastest dimension first
-        stop = start + int(tensor.n_elements) * itemsize
-        entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [start, stop]}
+        stop = start + math.prod(tensor.shape) * itemsize
+        entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": tensor.shape, "data_offsets": [start, stop]}
         header[gguf_config.checkpoint_name(name)] = entry
         start = stop
     return header
-
-
-def dequantize(tensor: Any) -> Any:
-    """Give a GGUF tensor's values, float32, with the slowest dimension first; raises ModelError for unknown types."""
-    import gguf.quants
-
-    try:
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise ModelError(
-            f"tensor {tensor.name!r} has the quantisation {tensor.tensor_type.name}, which cannot be read: "
-            f"give a file with Q4, Q5, Q6 or Q8 quantisation"
-        ) from error
 
 
 def _unpermute(name: str, values: Any, config: dict[str, Any]) -> Any:

@@ -167,6 +167,8 @@ def _rope_scaling(values: Metadata) -> dict[str, Any] | None:
 
 def _check_tensors(config: Mapping[str, Any], tensors: Sequence[str]) -> None:
     """Raise ModelError where a tensor that the configuration calls for is missing, or one has no place."""
+    if config["num_hidden_layers"] > len(tensors):
+        raise ModelError(f"the GGUF file lacks layers of its {config['num_hidden_layers']}: download it again")
     expected = set(_expected_tensors(config))
     present = set(tensors) - {ROPE_FACTORS}
     if missing := sorted(expected - present):

@@ -39,13 +39,15 @@ def build_tokenizer(metadata: Metadata) -> tuple[Any, dict[str, Any]]:
             f"GGUF tokenizer {kind!r} is not supported: use a file with one of {', '.join(builders)}, "
             f"or the model's own directory with tokenizer.json"
         )
-    tokens = metadata["tokenizer.ggml.tokens"]
     try:
+        tokens = metadata["tokenizer.ggml.tokens"]
         tokenizer = builders[kind](metadata, tokens)
-    except (KeyError, ValueError) as error:
+        config = _build_config(metadata, tokens)
+    except ModelError:
+        raise
+    except Exception as error:  # the library raises bare Exception where merges and vocabulary disagree
         raise ModelError(f"the GGUF file's tokenizer is inconsistent ({error}): download it again") from error
     _add_marked_tokens(tokenizer, tokens, metadata.get("tokenizer.ggml.token_type"))
-    config = _build_config(metadata, tokens)
     set_affixes(tokenizer, config)
     return tokenizer, config
 

@@ -40,23 +40,14 @@ class Tokenizer:
 
     def render_chat(self, messages: str | Sequence[Message]) -> str:
         """Give the prompt's text for a conversation, as `apply_chat_template(add_generation_prompt=True)` does."""
-        from jinja2 import TemplateError
-
         if self.chat_template is None:
             raise UsageError("this model has no chat template: give a plain prompt, or an instruction-tuned model")
         conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         try:
             template = _chat_environment().from_string(self.chat_template)
-            return str(
-                template.render(
-                    messages=conversation,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=True,
-                    **self.special_tokens,
-                )
-            )
-        except (TemplateError, TypeError) as error:
+            given = {"messages": conversation, "tools": None, "documents": None, "add_generation_prompt": True}
+            return str(template.render(**given, **self.special_tokens))
+        except Exception as error:  # a stranger's program: it may fail in any way
             raise UsageError(f"the chat template refuses the messages ({error}): mend their roles or order") from error
 
     def stream(self, skip_special_tokens: bool = True) -> Detokenizer:
