@@ -23,9 +23,7 @@ block there, the same for all transfers:
     segments         |       |   |   |       |       |        e.g. tokens [6, 8): block 2 at 2 -> block 7 at 0
 
 `Transfer.pieces` gives the (source offset, target offset, bytes) of a transfer, for carriers that see both pools.
-
-`Transfer.pieces` gives the (source offset, target offset, bytes) of a transfer, for carriers that see both pools.
-Carriers that do not pack the same transfer in canonical order (packing.py).
+Carriers that do not see both pack the same bytes in canonical order (packing.py).
 
 A transfer's bytes are valid at the target when they all have arrived, and a layer there only when every source rank
 that has a part of its heads is done: `Plan.arrivals` says which transfers make which tokens valid.
