@@ -90,7 +90,7 @@ class Result:
         columns = (self.admitted_s, self.first_token_s, self.finish_s, self.ttft_s, self.tpot_s)
         times = zip(*[column.tolist() for column in (*columns, self.latency_per_token_s)], strict=True)
         return [
-            RequestRecord(str(index), *request, *row, finish_reason=FinishReason.LENGTH)
+            RequestRecord(str(index), *request, *row, FinishReason.LENGTH)  # type: ignore[call-arg]
             for index, (request, row) in enumerate(zip(self.requests, times, strict=True))
         ]
 
