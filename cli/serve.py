@@ -8,7 +8,7 @@ import rich_click
 from rich.console import Console
 from rich.table import Table
 
-from dejavu.cluster.launcher import Launch, Terminal, build_launch, find_mpirun, world_rank
+from dejavu.cluster.launcher import Launch, Terminal, build_launch, find_mpirun, rank_program, world_rank
 from dejavu.config import ServeConfig, load_config
 from dejavu.topology import Topology, build_topology, required_ranks
 
@@ -51,7 +51,6 @@ def show(config: ServeConfig, arguments: list[str]) -> int:
 def start(config: ServeConfig, arguments: list[str]) -> int:
     """Check everything that can be, start the job, and see it to its end."""
     from dejavu.cluster.job import prepare
-
     from dejavu.cluster.progress import open_display
     from dejavu.cluster.supervisor import new_job, run_job
     from dejavu.measure.run_directory import RunDirectory
@@ -72,7 +71,7 @@ def make_launch(config: ServeConfig, arguments: list[str], console: Console, **j
     """Make the launch of a configuration's ranks for this terminal."""
     return build_launch(
         required_ranks(config),
-        arguments,
+        rank_program(arguments),
         mpirun=find_mpirun(os.environ.get("PATH", "")),
         environment=os.environ,
         terminal=Terminal(console.width, color=console.is_terminal and not console.no_color),

@@ -116,9 +116,14 @@ def forwarded(environment: Mapping[str, str]) -> list[str]:
     return sorted(names)
 
 
+def rank_program(arguments: Iterable[str]) -> tuple[str, ...]:
+    """Give the command that makes a process a rank of `dejavu ARGUMENTS`."""
+    return (sys.executable, "-m", "dejavu.cli.main", *arguments)
+
+
 def build_launch(
     num_ranks: int,
-    arguments: Iterable[str],
+    program: Iterable[str],
     *,
     mpirun: Path,
     environment: Mapping[str, str],
@@ -127,9 +132,8 @@ def build_launch(
     job: str | None = None,
     hostfile: str | None = None,
     detector: bool = False,
-    python: str = sys.executable,
 ) -> Launch:
-    """Make the launch of `dejavu ARGUMENTS` on `num_ranks` ranks.
+    """Make the launch of `program`, such as `rank_program` gives it, on `num_ranks` ranks.
 
     `job` marks every process of the job in its environment. `detector` makes ranks exchange heartbeats, so that a
     stopped rank is noticed after 0.5 s: Open MPI sends them inside MPI calls only, so it kills a rank that stays away
@@ -139,5 +143,4 @@ def build_launch(
     hosts = ("--hostfile", hostfile) if hostfile else ()
     exports = tuple(word for name in forwarded(variables) for word in ("-x", name)) if hostfile else ()
     flags = (*FLAGS, *TCP_MESSAGE_FLAGS, *(DETECTOR_FLAGS if detector else ()))
-    program = (python, "-m", "dejavu.cli.main", *arguments)
     return Launch((str(mpirun), *flags, *hosts, *exports, "-n", str(num_ranks), *program), variables)

@@ -57,10 +57,10 @@ class TokenRate:
         return (self.seen[-1][1] - self.seen[0][1]) / elapsed if elapsed > 0 else 0.0
 
 
-def describe(status: Status, rate: float) -> str:
-    """Put a status into one plain line."""
+def describe(status: Status, rate: float, waited_s: float) -> str:
+    """Put a status into one plain line; before there are requests it says how long that has taken."""
     if not status.requests_total:
-        return f"{status.state}, {status.elapsed_s:.0f} s"
+        return f"{status.state}, {waited_s:.0f} s"
     return (
         f"{status.state}: {status.requests_done}/{status.requests_total} requests, {status.tokens_out} tokens, "
         f"{rate:.1f} tokens/s, {status.busy_rows}/{status.rows} rows busy, {status.elapsed_s:.0f} s"
@@ -105,16 +105,17 @@ class LineDisplay(QuietDisplay):
 
     def __init__(self) -> None:
         self.rate = TokenRate()
-        self.state = ""
-        self.written = time.monotonic()
+        self.last = Status("")
+        self.started = self.written = time.monotonic()
 
     def update(self, status: Status) -> None:
         """Write the status where it is news."""
         rate = self.rate.update(status)
         now = time.monotonic()
-        if status.state != self.state or now - self.written >= LINE_EVERY_S:
-            self.write(describe(status, rate), error=True)
-            self.state, self.written = status.state, now
+        finished = status.state == "done" == self.last.state
+        if status.state != self.last.state or (now - self.written >= LINE_EVERY_S and not finished):
+            self.write(describe(status, rate, now - self.started), error=True)
+            self.last, self.written = status, now
 
 
 class LiveDisplay:

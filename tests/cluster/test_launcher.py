@@ -2,7 +2,15 @@ import sys
 
 import pytest
 
-from dejavu.cluster.launcher import Terminal, build_launch, find_mpirun, forwarded, without_mpi, world_rank
+from dejavu.cluster.launcher import (
+    Terminal,
+    build_launch,
+    find_mpirun,
+    forwarded,
+    rank_program,
+    without_mpi,
+    world_rank,
+)
 from dejavu.errors import UsageError
 
 PLAIN = Terminal(columns=93, color=False)
@@ -11,7 +19,7 @@ PLAIN = Terminal(columns=93, color=False)
 def launch(environment=None, **settings):
     return build_launch(
         3,
-        ["serve", "--name", "two words"],
+        rank_program(["serve", "--name", "two words"]),
         mpirun=settings.pop("mpirun", "/opt/mpirun"),
         environment=environment or {},
         terminal=settings.pop("terminal", PLAIN),

@@ -19,8 +19,8 @@ def test_rate_is_of_the_last_seconds_only():
 
 
 def test_line_says_what_the_status_holds():
-    assert describe(SERVING, 42.26) == "serving: 3/8 requests, 90 tokens, 42.3 tokens/s, 5/8 rows busy, 4 s"
-    assert describe(Status("loading", elapsed_s=2.0), 0) == "loading, 2 s"
+    assert describe(SERVING, 42.26, 9.0) == "serving: 3/8 requests, 90 tokens, 42.3 tokens/s, 5/8 rows busy, 4 s"
+    assert describe(Status("loading"), 0, 2.4) == "loading, 2 s"
 
 
 def test_lines_come_with_news_only(capsys):
