@@ -111,7 +111,8 @@ def make_stage(channel: Channel, setup: EngineSetup, placement: Placement) -> St
         from dejavu.model.synthetic import SyntheticStage
 
         return SyntheticStage(shard, setup.spec.vocab_size, *setup.config.synthetic)
-    from dejavu.model.decoder import load_stage_model
+    from dejavu.model.decoder import StageModel
+    from dejavu.model.weights import dummy_stage, load_stage
 
     ranks = setup.topology.stage_ranks(placement.stage)
 
@@ -119,7 +120,11 @@ def make_stage(channel: Channel, setup: EngineSetup, placement: Placement) -> St
         channel.all_reduce(tensor, ranks)
 
     dtype = getattr(torch, setup.dtype)
-    return load_stage_model(setup.spec, shard, setup.directory, dtype, all_reduce if len(ranks) > 1 else None)
+    if setup.directory:
+        weights = load_stage(setup.directory, setup.spec, shard, dtype)
+    else:
+        weights = dummy_stage(setup.spec, shard, dtype)
+    return StageModel(setup.spec, shard, weights, all_reduce if len(ranks) > 1 else None)
 
 
 def make_pool(setup: EngineSetup, placement: Placement) -> Tensor:

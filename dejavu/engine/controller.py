@@ -3,7 +3,7 @@
 import heapq
 import queue
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -121,12 +121,16 @@ class Controller:
                 results[completion.request.request_id] = completion
         return [results[request_id] for request_id in order]
 
-    def events(self) -> Iterator[tuple[TokenEvent, Completion]]:
-        """Give each token as it comes, until no request is left; raise DeadlineError when the pipeline stalls."""
+    def events(self, tick: Callable[[], None] = lambda: None) -> Iterator[tuple[TokenEvent, Completion]]:
+        """Give each token as it comes, until no request is left; raise DeadlineError when the pipeline stalls.
+
+        `tick` is called again and again meanwhile, for what has to be done by the clock.
+        """
         patience = self.channel.patience("the next token", self.stall_timeout_s)
         while not self.is_idle:
             events = self.poll()
             yield from events
+            tick()
             if events or not self.running:
                 patience = self.channel.patience("the next token", self.stall_timeout_s)
             if not events:

@@ -10,7 +10,7 @@ from dejavu.engine.messages import Stop, Work
 from dejavu.engine.sink import Sink
 from dejavu.engine.source import Source
 from dejavu.measure.records import StepRecord
-from dejavu.model.decoder import Batch
+from dejavu.model.batch import Batch
 from dejavu.transport.mpi import Channel
 
 
@@ -18,7 +18,7 @@ class Stage(Protocol):
     """Compute the layers of one stage: the real model, or one that waits instead."""
 
     hidden_size: int
-    hidden_dtype: torch.dtype
+    dtype: torch.dtype
 
     def forward(self, batch: Batch, hidden: Tensor | None, pool: Tensor) -> Tensor:
         """Give the hidden states of the batch's tokens, or on the last stage the logits of `batch.logit_rows`."""
@@ -85,7 +85,7 @@ class Worker:
         if self.previous is None:
             return None
         num_tokens = sum(row.num_new for row in work.rows)
-        hidden = torch.empty(num_tokens, self.stage.hidden_size, dtype=self.stage.hidden_dtype)
+        hidden = torch.empty(num_tokens, self.stage.hidden_size, dtype=self.stage.dtype)
         return self.channel.receive_tensor(self.previous, hidden)
 
     def batch(self, work: Work) -> Batch:

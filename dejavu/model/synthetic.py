@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from dejavu.model.decoder import Batch
+from dejavu.model.batch import Batch
 from dejavu.model.spec import Shard
 
 
@@ -17,7 +17,7 @@ class SyntheticStage:
     """
 
     hidden_size = 1
-    hidden_dtype = torch.float32
+    dtype = torch.float32
 
     def __init__(self, shard: Shard, vocab_size: int, prompt_ms: float, token_ms: float) -> None:
         self.shard = shard

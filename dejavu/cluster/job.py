@@ -1,0 +1,75 @@
+"""Check everything about a run that can be checked before a rank loads weights."""
+
+from dataclasses import dataclass
+
+from dejavu.config import ServeConfig
+from dejavu.engine.setup import EngineSetup
+from dejavu.engine.sizing import choose_row_len, size_cache
+from dejavu.model.resolve import ResolvedModel, resolve_model
+from dejavu.model.tokenizer import Tokenizer, load_tokenizer
+from dejavu.planning.workload import WorkloadItem, make_workload, read_workload, to_requests, with_poisson_arrivals
+from dejavu.request import Request, SamplingParams
+from dejavu.topology import build_topology, required_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Hold a checked run and its requests."""
+
+    setup: EngineSetup
+    requests: tuple[Request, ...]
+    tokenizer: Tokenizer | None
+
+
+def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
+    """Resolve the model and the workload and size everything; raise UsageError where something does not fit."""
+    model = resolve_model(config.model, "dummy" if config.synthetic else config.load_format)
+    topology = build_topology(config, model.spec, world_size or required_ranks(config))
+    check_weights(config, model)
+    tokenizer = load_tokenizer(model.directory) if model.directory else None
+    row_len = choose_row_len(config, model.spec)
+    requests = to_requests(
+        read_items(config),
+        tokenizer,
+        model.spec.vocab_size,
+        seed=config.seed,
+        defaults=default_sampling(config),
+        max_row_tokens=config.row_len or model.spec.max_positions,
+        chat=config.chat,
+    )
+    row_len = choose_row_len(config, model.spec, requests)
+    dtype = choose_dtype(config, model)
+    cache = size_cache(config, model.spec, topology, row_len, dtype)
+    directory = None if config.load_format == "dummy" else model.directory
+    return Job(EngineSetup(config, model.spec, directory, topology, cache, dtype), tuple(requests), tokenizer)
+
+
+def check_weights(config: ServeConfig, model: ResolvedModel) -> None:
+    """Check the checkpoint's files and shapes, unless no weights are read."""
+    if model.directory and config.load_format != "dummy" and not config.synthetic:
+        from dejavu.model.weights import check_checkpoint
+
+        check_checkpoint(model.directory, model.spec)
+
+
+def read_items(config: ServeConfig) -> list[WorkloadItem]:
+    """Read the workload or make one up, with Poisson arrivals where a rate is given."""
+    if config.workload:
+        items = read_workload(config.workload)
+    else:
+        items = make_workload(config.num_requests, config.prompt_len, config.output_len)
+    return with_poisson_arrivals(items, config.rate, config.seed) if config.rate else items
+
+
+def default_sampling(config: ServeConfig) -> SamplingParams:
+    """Give the sampling of requests that name none."""
+    return SamplingParams(
+        max_tokens=config.max_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+    )
+
+
+def choose_dtype(config: ServeConfig, model: ResolvedModel) -> str:
+    """Give the number format: as asked, or the checkpoint's; float16 becomes float32 on a CPU, which computes in it."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if model.spec.dtype == "float16" else model.spec.dtype

@@ -1,0 +1,173 @@
+"""Run one rank of `dejavu serve`, inside mpirun."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dejavu.cluster.engine import Outcome, run_controller, run_worker
+from dejavu.cluster.job import Job, prepare
+from dejavu.cluster.launcher import RUN_DIR
+from dejavu.cluster.process import guarded
+from dejavu.config import ServeConfig
+from dejavu.engine.controller import Controller
+from dejavu.engine.setup import EngineSetup
+from dejavu.errors import UsageError
+from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
+from dejavu.measure.run_directory import RunDirectory
+from dejavu.measure.summary import Summary
+from dejavu.request import Completion
+from dejavu.topology import CONTROLLER
+from dejavu.transport.mpi import Channel
+
+STATUS_EVERY_S = 0.2
+
+
+def run_rank(config: ServeConfig) -> int:
+    """Be rank 0, which serves, or a worker; give the exit code. An exception on any rank ends the whole job."""
+    return guarded(lambda: join(config))
+
+
+def join(config: ServeConfig) -> int:
+    """Meet the other ranks and take this rank's part."""
+    from mpi4py import MPI
+
+    channel = Channel(MPI.COMM_WORLD, config.stall_timeout)
+    code = serve(channel, config) if channel.rank == CONTROLLER else work(channel)
+    channel.close()
+    return code
+
+
+def work(channel: Channel) -> int:
+    """Take the setup from rank 0, or the news that there is none, and work until the run ends."""
+    _, setup = channel.receive(CONTROLLER)
+    if setup is not None:
+        channel.send(CONTROLLER, (host_name(), cpu_model()))
+        run_worker(channel, setup)
+    return 0
+
+
+def serve(channel: Channel, config: ServeConfig) -> int:
+    """Check the run, tell the workers, serve the workload, write the results."""
+    workers = range(1, channel.size)
+    try:
+        job = prepare(config, channel.size)
+        directory = open_run_directory(config)
+    except UsageError:
+        for rank in workers:
+            channel.send(rank, None)
+        channel.flush()
+        raise
+    for rank in workers:
+        channel.send(rank, job.setup)
+    places = [(host_name(), cpu_model()), *(channel.receive(rank, channel.deadline_s)[1] for rank in workers)]
+    write_description(directory, job, places)
+    directory.write_status({"state": "loading"})
+    make_stream = job.tokenizer.stream if job.tokenizer else None
+    completions, outcome = run_controller(
+        channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream
+    )
+    summary = write_results(directory, job, completions, outcome)
+    show(summary, directory)
+    directory.write_result("ok", 0)
+    return 0
+
+
+def open_run_directory(config: ServeConfig) -> RunDirectory:
+    """Take the run directory that the launcher made, or make it."""
+    if path := os.environ.get(RUN_DIR):
+        return RunDirectory(Path(path))
+    directory = RunDirectory.create(config.name, config.out)
+    os.environ[RUN_DIR] = str(directory.path.absolute())
+    return directory
+
+
+def write_description(directory: RunDirectory, job: Job, places: list[tuple[str, str]]) -> None:
+    """Write run.yaml: what runs, where, and on what."""
+    from mpi4py import MPI
+
+    setup = job.setup
+    hosts, devices = [host for host, _ in places], [device for _, device in places]
+    facts = {
+        "mpi_library": MPI.Get_library_version().split(",")[0],
+        "dtype": setup.dtype,
+        "kv_cache": {
+            "row_len": setup.cache.row_len,
+            "block_size": setup.cache.block_size,
+            "num_blocks": setup.cache.num_blocks,
+            "block_bytes": setup.cache.block_bytes,
+        },
+    }
+    ranks = rank_table(setup.topology, hosts, devices)
+    directory.write_run(describe_run(setup.config.model_dump(mode="json"), ranks, **facts))
+
+
+def serve_all(controller: Controller, job: Job, directory: RunDirectory) -> list[Completion]:
+    """Serve the workload, writing the status a few times a second; give the completions in the workload's order."""
+    completions = {}
+    tick = every(STATUS_EVERY_S, lambda: directory.write_status(status(controller, "serving")))
+    for request in job.requests:
+        controller.submit(request)
+    for _, completion in controller.events(tick):
+        completions[completion.request.request_id] = completion
+    directory.write_status(status(controller, "serving"))
+    return [completions[request.request_id] for request in job.requests]
+
+
+def every(seconds: float, action: Callable[[], None]) -> Callable[[], None]:
+    """Make a function that does `action` at most once in so many seconds, however often it is called."""
+    due = time.monotonic()
+
+    def tick() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            action()
+            due = time.monotonic() + seconds
+
+    return tick
+
+
+def status(controller: Controller, state: str) -> dict[str, object]:
+    """Give what the progress display shows."""
+    counts = controller.counts
+    running = len(controller.running)
+    return {
+        "state": state,
+        "requests_total": counts.submitted,
+        "requests_done": counts.done,
+        "requests_running": running,
+        "requests_waiting": len(controller.waiting),
+        "tokens_out": counts.tokens,
+        "elapsed_s": controller.clock.now_s(),
+        "rows": controller.table.num_rows,
+        "busy_rows": running,
+    }
+
+
+def write_results(directory: RunDirectory, job: Job, completions: list[Completion], outcome: Outcome) -> Summary:
+    """Write the CSV files, the trace and the outputs."""
+    setup = job.setup
+    steps = sorted((step for report in outcome.reports.values() for step in report.steps), key=lambda s: s.start_s)
+    names = {0: "controller"} | {
+        p.rank: f"stage {p.stage} tensor rank {p.shard.tp_rank}" for p in setup.topology.workers if p.shard
+    }
+    summary = directory.write_records(
+        completions,
+        steps,
+        rank_names=names,
+        num_stages=setup.topology.pp,
+        peak_kv_bytes=outcome.peak_blocks * setup.cache.block_bytes,
+    )
+    directory.write_status({**(directory.read_status() or {}), "state": "done"})
+    return summary
+
+
+def show(summary: Summary, directory: RunDirectory) -> None:
+    """Print the summary and where the results are."""
+    from rich.console import Console
+
+    from dejavu.measure.render import render_summary
+
+    console = Console()
+    console.print(render_summary(summary))
+    console.print(f"Results in {directory.path}", soft_wrap=True, highlight=False)
