@@ -117,6 +117,7 @@ class StageModel:
         first = next(iter(weights.values()))
         self.spec, self.shard, self.dtype, self.device = spec, shard, first.dtype, first.device
         self.hidden_size = spec.hidden_size
+        self.hidden_size = spec.hidden_size
         self.matmul: Matmul = pick_matmul(self.dtype, self.device.type)
         self._all_reduce = all_reduce
         with torch.no_grad():
