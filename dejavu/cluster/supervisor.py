@@ -41,11 +41,15 @@ class Stopped(BaseException):
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    """Give Ctrl-C, SIGTERM and SIGHUP to `handler` for a while; in a thread, where that cannot be, do nothing."""
+    """Give Ctrl-C, SIGTERM and SIGHUP to `handler` for a while, but not those that are ignored (as nohup has it).
+
+    In a thread, where that cannot be, do nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.signal(signum, handler) for signum in STOP_SIGNALS}
+    heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, handler) for signum in heeded}
     try:
         yield
     finally:
@@ -225,7 +229,8 @@ def run_job(launch: Launch, directory: RunDirectory, display: Display) -> JobRes
     with display:
         supervisor = Supervisor(launch, directory, display)
         result = supervisor.run()
-        if not supervisor.launch_failed:
-            return result
-        display.write("mpirun could not start the ranks: trying once more", error=True)
-        return Supervisor(launch, directory, display).run()
+        if supervisor.launch_failed:
+            display.write("mpirun could not start the ranks: trying once more", error=True)
+            result = Supervisor(launch, directory, display).run()
+    directory.write_result(result.outcome, result.exit_code, result.error, result.rank)  # unless a rank has
+    return result

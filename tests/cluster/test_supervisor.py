@@ -142,6 +142,7 @@ def test_failed_launch_is_tried_once_more(tmp_path):
         job.launch = Launch(("/bin/bash", "-c", script, number), job.launch.environment)
         assert run_job(job.launch, job.directory, job.display).outcome == expected
         assert (job.directory.path / "tries").read_text() == "x\nx\n"
+        assert job.directory.read_result()["outcome"] == expected
 
 
 def test_sweep_spares_other_jobs():
