@@ -132,11 +132,17 @@ class LiveDisplay:
             expand=True,
             transient=True,
             refresh_per_second=5,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self.task = self.progress.add_task("starting", total=None, text="")
 
     def write(self, line: str, *, error: bool = False) -> None:
-        """Print one line above the bar, with the colours that a rank gave it."""
+        """Print one line above the bar, with the colours that a rank gave it; stderr may have been sent elsewhere."""
+        if error and not sys.stderr.isatty():
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+            return
         self.progress.console.print(Text.from_ansi(line), soft_wrap=True)
 
     def update(self, status: Status) -> None:
@@ -162,4 +168,5 @@ def open_display(console: Console, *, progress: bool) -> Display:
     """Choose the display: none, live in a terminal, else lines."""
     if not progress:
         return QuietDisplay()
-    return LiveDisplay(console) if console.is_terminal else LineDisplay()
+    live = console.is_interactive and console.file.isatty()  # FORCE_COLOR alone makes no terminal of a file
+    return LiveDisplay(console) if live else LineDisplay()

@@ -46,8 +46,25 @@ def test_live_display_draws_below_the_output():
     assert "x" * 100 in shown
 
 
+def test_error_lines_go_to_stderr_where_that_is_elsewhere(capsys):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with LiveDisplay(console) as display:
+        display.write("shown")
+        display.write("rank 1: elsewhere", error=True)
+    assert capsys.readouterr().err == "rank 1: elsewhere\n"
+    assert "elsewhere" not in console.file.getvalue()
+    assert "shown" in console.file.getvalue()
+
+
+class Tty(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_display_suits_the_terminal():
-    live, plain = Console(file=io.StringIO(), force_terminal=True), Console(file=io.StringIO())
+    live, plain = Console(file=Tty(), force_terminal=True), Console(file=io.StringIO())
+    colored_file = Console(file=io.StringIO(), force_terminal=True)
+    assert isinstance(open_display(colored_file, progress=True), LineDisplay)
     assert isinstance(open_display(live, progress=True), LiveDisplay)
     assert isinstance(open_display(plain, progress=True), LineDisplay)
     assert type(open_display(live, progress=False)) is QuietDisplay
