@@ -30,11 +30,21 @@ def command(context: click.Context, /, profile: str | None, dry_run: bool, **val
     """Run the command."""
     config = load_config(find_profile(profile), given(values))
     if world_rank(os.environ) is not None:
+        return be_rank(config)
+    own = [argument for argument in context.obj if argument != "--dry-run"]
+    return show(config, own) if dry_run else start(config, own)
+
+
+def be_rank(config: ServeConfig) -> int:
+    """Be one rank of a job; what cannot be imported ends the job as any other failure does."""
+    from dejavu.cluster.process import guarded
+
+    def run() -> int:
         from dejavu.cluster.start import run_rank
 
         return run_rank(config)
-    own = [argument for argument in context.obj if argument != "--dry-run"]
-    return show(config, own) if dry_run else start(config, own)
+
+    return guarded(run)
 
 
 def show(config: ServeConfig, arguments: list[str]) -> int:
