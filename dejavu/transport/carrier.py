@@ -38,7 +38,7 @@ class Transfer(ABC):
     @property
     @abstractmethod
     def error(self) -> TransferError | None:
-        """Give what ended the transfer early; None while it runs and after it ended well. PeerLostError's is wrapped."""
+        """Give what ended the transfer early; None while it runs and after it ended well."""
 
     @abstractmethod
     def wait(self, deadline_s: float | None = DEFAULT_DEADLINE_S) -> None:
@@ -50,7 +50,7 @@ class Transfer(ABC):
 
     @abstractmethod
     def cancel(self) -> None:
-        """End the transfer early with an error on this side; the peer's side fails too, or finds out by its deadline."""
+        """End the transfer early with an error on this side; the peer's fails too, at its deadline at the latest."""
 
 
 class Carrier(Closing):
@@ -81,7 +81,7 @@ class Carrier(Closing):
     def receive(self, peer: int, key: int, memory: Buffer, pieces: Pieces, *, stream: Stream) -> Transfer:
         """Receive a message into the pieces of `memory`, which are valid once the transfer has ended well."""
 
-    def forget(self, key: int) -> None:  # noqa: B027 (only stores keep anything)
+    def forget(self, key: int) -> None:
         """Drop what a store keeps under `key`; nothing to do for a link."""
 
 
