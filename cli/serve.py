@@ -8,7 +8,15 @@ import rich_click
 from rich.console import Console
 from rich.table import Table
 
-from dejavu.cluster.launcher import Launch, Terminal, build_launch, find_mpirun, rank_program, world_rank
+from dejavu.cluster.launcher import (
+    Launch,
+    Terminal,
+    build_launch,
+    check_hostfile,
+    find_mpirun,
+    rank_program,
+    world_rank,
+)
 from dejavu.config import ServeConfig, load_config
 from dejavu.topology import Topology, build_topology, required_ranks
 
@@ -79,6 +87,7 @@ def start(config: ServeConfig, arguments: list[str]) -> int:
 
 def make_launch(config: ServeConfig, arguments: list[str], console: Console, **job: Any) -> Launch:
     """Make the launch of a configuration's ranks for this terminal."""
+    check_hostfile(config.hostfile)
     return build_launch(
         required_ranks(config),
         rank_program(arguments),

