@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dejavu.device.pieces import Pieces
-from dejavu.errors import DejavuError
+from dejavu.errors import CapacityError, DejavuError
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +243,7 @@ class Device(Closing):
         """Give the memory that is free now."""
 
     @abstractmethod
-    def num_peers(self) -> int:
+    def num_devices(self) -> int:
         """Give the number of devices of this kind that this process sees; 1 on CPU."""
 
     @abstractmethod
@@ -418,6 +418,13 @@ def span(place: "Buffer | torch.Tensor") -> tuple[int, int]:
         return place.address, place.nbytes
     assert place.is_contiguous(), "copies take contiguous tensors: give the pieces of any other"
     return place.data_ptr(), place.numel() * place.element_size()
+
+
+def check_fits(nbytes: int, free_bytes: int, device: str) -> None:
+    """Raise CapacityError where an allocation is larger than what is free."""
+    assert nbytes > 0, "memory has at least one byte"
+    if nbytes > free_bytes:
+        raise CapacityError(f"{nbytes} bytes do not fit into the {free_bytes} free bytes of {device}: ask for less")
 
 
 def resolve(target: "Buffer | torch.Tensor | None", source: "Buffer | torch.Tensor | None", pieces: Pieces) -> Pieces:

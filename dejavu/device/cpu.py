@@ -18,6 +18,7 @@ from dejavu.device.base import (
     Location,
     Memory,
     Stream,
+    check_fits,
     resolve,
     span,
 )
@@ -25,7 +26,6 @@ from dejavu.device.cpu_memory import BorrowedMemory, SharedMemory, create_memory
 from dejavu.device.cpu_stream import CpuEvent, CpuStream, InlineStream, SharedEvent, ThreadStream
 from dejavu.device.flags import Flag
 from dejavu.device.pieces import Pieces
-from dejavu.errors import CapacityError
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class CpuDevice(Device):
         """Give the memory that the kernel calls available."""
         return _meminfo("MemAvailable")
 
-    def num_peers(self) -> int:
+    def num_devices(self) -> int:
         """Give 1."""
         return 1
 
@@ -140,9 +140,7 @@ class CpuDevice(Device):
         return self._own(open_handle(handle, nbytes))
 
     def _create(self, nbytes: int, location: Location) -> Buffer:
-        free = self.free_bytes()
-        if nbytes > free:
-            raise CapacityError(f"{nbytes} bytes do not fit into the {free} bytes of free host memory: ask for less")
+        check_fits(nbytes, self.free_bytes(), str(self))
         return self._own(create_memory(nbytes, location))
 
     def _own(self, memory: Memory) -> Buffer:

@@ -38,11 +38,16 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: object) -> Any:
     DeviceError where the code is not success, CapacityError where memory was the reason; both name the call.
     """
     code, *values = function(*arguments)
-    if code != 0:
-        raise _error(function.__name__, code)
+    check(function.__name__, code)
     if not values:
         return None
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def check(name: str, code: Any) -> None:
+    """Raise what `call` would, for a code that the function `name` returned."""
+    if code != 0:
+        raise _error(name, code)
 
 
 def describe(code: Any) -> str:

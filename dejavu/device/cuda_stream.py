@@ -1,0 +1,354 @@
+"""Streams, events and graphs of the CUDA device, and the watch over flag waits that no hardware deadline ends."""
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dejavu.device.base import IPC_HANDLE_BYTES, DeviceError, Event, Graph, Stream
+from dejavu.device.cuda_driver import call, check
+from dejavu.errors import DeadlineError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dejavu.device.cuda import CudaDevice
+
+_SPIN_S = 2e-4
+_FIRST_SLEEP_S, _LONGEST_SLEEP_S = 2e-5, 1e-3
+
+
+def reached(event: Any) -> bool:
+    """Say whether a driver event has been reached."""
+    from cuda.bindings import driver
+
+    code = driver.cuEventQuery(event)[0]
+    if code == driver.CUresult.CUDA_ERROR_NOT_READY:
+        return False
+    check("cuEventQuery", code)
+    return True
+
+
+def poll(done: Callable[[], bool], deadline_s: float | None, what: str) -> None:
+    """Block until `done`: spinning at first, for short waits, then sleeping; DeadlineError after `deadline_s`."""
+    start_s = time.monotonic()
+    sleep_s = _FIRST_SLEEP_S
+    while not done():
+        waited_s = time.monotonic() - start_s
+        if deadline_s is not None and waited_s > deadline_s:
+            raise DeadlineError(f"{what} was not done within {deadline_s} s: a peer has stopped, or is slow")
+        if waited_s > _SPIN_S:
+            time.sleep(sleep_s)
+            sleep_s = min(1.5 * sleep_s, _LONGEST_SLEEP_S)
+
+
+@dataclass(frozen=True, slots=True)
+class FlagWait:
+    """Hold one wait that a stream has queued, and the event right behind it."""
+
+    stream: "CudaStream"
+    address: int
+    value: int
+    deadline_s: float
+    end_s: float
+    event: Any
+
+
+class FlagWatch:
+    """Know the flag waits in flight, and end those of a dead peer: by writing the awaited value into the flag.
+
+    The hardware waits for ever. Every host-side wait of this device polls while flag waits are in flight, and calls
+    `expire` on the way.
+    """
+
+    def __init__(self) -> None:
+        self._waits: list[FlagWait] = []
+        self._lock = threading.Lock()
+        self._rescue: Any = None  # a stream of its own, which hangs behind nobody
+
+    def add(self, stream: "CudaStream", address: int, value: int, deadline_s: float) -> None:
+        """Note a wait that was just queued."""
+        from cuda.bindings import driver
+
+        event = call(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        call(driver.cuEventRecord, event, stream.handle)
+        wait = FlagWait(stream, address, value, deadline_s, time.monotonic() + deadline_s, event)
+        with self._lock:
+            self._forget_reached()
+            self._waits.append(wait)
+
+    def in_flight(self) -> bool:
+        """Say whether any wait may still hold a stream."""
+        with self._lock:
+            self._forget_reached()
+            return bool(self._waits)
+
+    def expire(self) -> None:
+        """Fail the streams whose waits have passed their deadline."""
+        now_s = time.monotonic()
+        with self._lock:
+            late = [wait for wait in self._waits if wait.end_s < now_s and not reached(wait.event)]
+        for wait in late:
+            wait.stream.cancel(
+                DeadlineError(
+                    f"a flag did not become {wait.value} within {wait.deadline_s} s: "
+                    "the peer that writes it has stopped or is slower than the deadline"
+                )
+            )
+
+    def release(self, stream: "CudaStream") -> None:
+        """Let a stream out of all its flag waits."""
+        from cuda.bindings import driver
+
+        with self._lock:
+            for wait in self._waits:
+                if wait.stream is stream:
+                    call(driver.cuStreamWriteValue32, self._rescue_stream(), wait.address, wait.value, 0)
+
+    def close(self) -> None:
+        """Give the events back; no wait is in flight."""
+        from cuda.bindings import driver
+
+        for wait in self._waits:
+            call(driver.cuEventDestroy, wait.event)
+        self._waits.clear()
+        if self._rescue is not None:
+            call(driver.cuStreamDestroy, self._rescue)
+
+    def _rescue_stream(self) -> Any:
+        from cuda.bindings import driver
+
+        if self._rescue is None:
+            _, highest = call(driver.cuCtxGetStreamPriorityRange)
+            flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+            self._rescue = call(driver.cuStreamCreateWithPriority, flags, highest)
+        return self._rescue
+
+    def _forget_reached(self) -> None:
+        from cuda.bindings import driver
+
+        kept = []
+        for wait in self._waits:
+            if reached(wait.event):
+                call(driver.cuEventDestroy, wait.event)
+            else:
+                kept.append(wait)
+        self._waits = kept
+
+
+class CudaStream(Stream):
+    """Own a CUDA stream, or refer to torch's."""
+
+    __slots__ = ("__weakref__", "_handle", "_owner", "device", "error", "name", "sources")
+
+    device: "CudaDevice"
+
+    def __init__(self, device: "CudaDevice", handle: int, name: str, *, owner: bool) -> None:
+        self.device = device
+        self.name = name
+        self.error: Exception | None = None
+        self.sources: set[CudaStream] = set()  # streams that this one has waited for since it was last idle
+        self._handle = handle
+        self._owner = owner
+
+    @property
+    def handle(self) -> int:
+        """Give the CUstream."""
+        return self._handle
+
+    def check(self) -> None:
+        """Raise this stream's error; the error of a stream that this one waited for becomes its own."""
+        if self.error is None:
+            self.error = next((source.error for source in self.sources if source.error is not None), None)
+        if self.error is not None:
+            raise self.error
+
+    def query(self) -> bool:
+        """Say whether all work is done."""
+        self.device.watch.expire()
+        self.check()
+        return self._idle()
+
+    def synchronize(self, deadline_s: float | None = None) -> None:
+        """Block until all work is done."""
+        from cuda.bindings import driver
+
+        if deadline_s is None and not self.device.watch.in_flight():
+            call(driver.cuStreamSynchronize, self._handle)
+        else:
+            poll(self._settled, deadline_s, f"the work of stream {self.name}")
+        self.check()
+        self.sources.clear()
+
+    def cancel(self, error: Exception) -> None:
+        """Give the stream its error, and let it out of its flag waits."""
+        if self.error is None:
+            self.error = error
+        self.device.activate()
+        self.device.watch.release(self)
+
+    def close(self) -> None:
+        """Finish the work, and destroy the stream."""
+        from cuda.bindings import driver
+
+        if not self._owner:
+            return
+        self._owner = False
+        self.device.activate()
+        poll(self._settled, None, f"the work of stream {self.name}")
+        call(driver.cuStreamDestroy, self._handle)
+        self.device.forget(self)
+
+    def _settled(self) -> bool:
+        self.device.watch.expire()
+        return self._idle()
+
+    def _idle(self) -> bool:
+        from cuda.bindings import driver
+
+        code = driver.cuStreamQuery(self._handle)[0]
+        if code == driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        check("cuStreamQuery", code)
+        return True
+
+
+class CudaEvent(Event):
+    """Own a CUDA event, or another process's opened here."""
+
+    __slots__ = ("_device", "_handle", "_stream")
+
+    def __init__(self, device: "CudaDevice", handle: Any) -> None:
+        self._device = device
+        self._handle: Any = handle
+        self._stream: CudaStream | None = None
+
+    def record(self, stream: Stream) -> None:
+        """Record on the stream."""
+        from cuda.bindings import driver
+
+        assert isinstance(stream, CudaStream)
+        self._stream = stream
+        call(driver.cuEventRecord, self._handle, stream.handle)
+
+    def wait(self, stream: Stream) -> None:
+        """Make the stream wait on the device."""
+        from cuda.bindings import driver
+
+        assert isinstance(stream, CudaStream)
+        if self._stream is not None and self._stream is not stream:
+            stream.sources.add(self._stream)
+            stream.sources |= self._stream.sources - {stream}
+        call(driver.cuStreamWaitEvent, stream.handle, self._handle, 0)
+
+    def query(self) -> bool:
+        """Ask the driver."""
+        self._device.watch.expire()
+        if self._stream is not None:
+            self._stream.check()
+        return reached(self._handle)
+
+    def synchronize(self, deadline_s: float | None = None) -> None:
+        """Block until the mark is reached."""
+        from cuda.bindings import driver
+
+        if deadline_s is None and not self._device.watch.in_flight():
+            call(driver.cuEventSynchronize, self._handle)
+        else:
+            poll(self._settled, deadline_s, "an event")
+        if self._stream is not None:
+            self._stream.check()
+
+    def elapsed_ms(self, start: Event) -> float:
+        """Ask the driver; half a microsecond is its resolution."""
+        from cuda.bindings import driver
+
+        assert isinstance(start, CudaEvent)
+        return float(call(driver.cuEventElapsedTime, start._handle, self._handle))
+
+    def ipc_handle(self) -> bytes:
+        """Give the driver's handle."""
+        from cuda.bindings import driver
+
+        handle = call(driver.cuIpcGetEventHandle, self._handle)
+        return ctypes.string_at(int(handle.getPtr()), IPC_HANDLE_BYTES)
+
+    def close(self) -> None:
+        """Destroy the event."""
+        from cuda.bindings import driver
+
+        if self._handle is not None:
+            call(driver.cuEventDestroy, self._handle)
+            self._handle = None
+
+    def _settled(self) -> bool:
+        self._device.watch.expire()
+        return reached(self._handle)
+
+
+def create_event(device: "CudaDevice", *, timing: bool, interprocess: bool) -> CudaEvent:
+    """Make an event."""
+    from cuda.bindings import driver
+
+    kinds = driver.CUevent_flags
+    flags = kinds.CU_EVENT_DEFAULT.value if timing else kinds.CU_EVENT_DISABLE_TIMING.value
+    if interprocess:
+        flags |= kinds.CU_EVENT_INTERPROCESS.value
+    return CudaEvent(device, call(driver.cuEventCreate, flags))
+
+
+def open_event(device: "CudaDevice", handle: bytes) -> CudaEvent:
+    """Open another process's event."""
+    from cuda.bindings import driver
+
+    assert len(handle) == IPC_HANDLE_BYTES
+    opaque = driver.CUipcEventHandle()
+    ctypes.memmove(int(opaque.getPtr()), handle, IPC_HANDLE_BYTES)
+    return CudaEvent(device, call(driver.cuIpcOpenEventHandle, opaque))
+
+
+class CudaGraph(Graph):
+    """Hold a graph captured through torch, so that torch's allocator takes part."""
+
+    __slots__ = ("_graph", "_stream", "_waits")
+
+    def __init__(self, work: Callable[[], None], stream: CudaStream) -> None:
+        """Capture what `work` queues on `stream`."""
+        import torch
+
+        if stream.handle == 0:
+            raise DeviceError("the default stream cannot be captured: capture on a stream of create_stream")
+        self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        self._waits: list[tuple[int, int, float]] = []
+        stream.device.captured_waits = self._waits
+        try:
+            with torch.cuda.graph(self._graph, stream=external(stream), capture_error_mode="thread_local"):
+                work()
+        finally:
+            stream.device.captured_waits = None
+
+    def replay(self, *, stream: Stream) -> None:
+        """Launch the graph."""
+        import torch
+
+        assert self._graph is not None, "the graph was closed"
+        assert isinstance(stream, CudaStream)
+        with torch.cuda.stream(external(stream)):
+            self._graph.replay()
+        for address, value, deadline_s in self._waits:
+            stream.device.watch.add(stream, address, value, deadline_s)
+
+    def close(self) -> None:
+        """Free the graph and the memory that torch keeps for it."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+
+
+def external(stream: CudaStream) -> "torch.cuda.Stream":
+    """Give torch's view of a stream."""
+    import torch
+
+    return torch.cuda.ExternalStream(stream.handle, device=stream.device.torch_device)  # type: ignore[no-untyped-call]
