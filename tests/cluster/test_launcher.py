@@ -5,6 +5,15 @@ import pytest
 from dejavu.cluster.launcher import (
     Terminal,
     build_launch,
+    check_hostfile,
+    find_mpirun,
+    forwarded,
+    rank_program,
+    without_mpi,
+    world_rank,
+)
+    Terminal,
+    build_launch,
     find_mpirun,
     forwarded,
     rank_program,
@@ -134,7 +143,7 @@ def test_mpirun_of_the_environment_comes_before_the_path(tmp_path):
 def test_hostfile_has_to_name_a_host(tmp_path):
     check_hostfile(None)
     hosts = tmp_path / "hosts"
-    with pytest.raises(UsageError, match="cannot read hostfile .*hosts"):
+    with pytest.raises(UsageError, match=r"cannot read hostfile .*hosts"):
         check_hostfile(str(hosts))
     hosts.write_text("# none\n\n")
     with pytest.raises(UsageError, match="names no host"):
