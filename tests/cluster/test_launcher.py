@@ -12,14 +12,6 @@ from dejavu.cluster.launcher import (
     without_mpi,
     world_rank,
 )
-    Terminal,
-    build_launch,
-    find_mpirun,
-    forwarded,
-    rank_program,
-    without_mpi,
-    world_rank,
-)
 from dejavu.errors import UsageError
 
 PLAIN = Terminal(columns=93, color=False)
