@@ -23,22 +23,17 @@ class Flow:
         """Send a pass that may start at `ready_s` through all stages; give when it leaves the last one."""
         clock = (ready_s if ready_s > self.clock_s else self.clock_s) + duration_s
         slope = duration_s + self.hop_s
-        depth = self.depth
-        end = clock + slope * depth
-        kept = []
-        for start, steeper in self.lines:
-            late = start + duration_s
-            if (
-                steeper > slope and late + steeper * depth > end + SAME_S
-            ):  # this earlier pass still delays the last stage
-                kept.append((late, steeper))
-        self.lines = [*kept, (clock, slope)] if kept else [(clock, slope)]
+        end = clock + slope * self.depth
         self.clock_s = clock
-        if kept:
-            end = kept[0][0] + kept[0][1] * depth
-            for late, steeper in kept:
-                end = max(end, late + steeper * depth)
-        return end
+        lines = self.lines
+        self.lines = [(clock, slope)]
+        if not lines or lines[0][1] <= slope:
+            return end
+        # Earlier, slower passes whose line still ends above this one's go on delaying what follows.
+        kept = [(start + duration_s, steeper) for start, steeper in lines if steeper > slope]
+        kept = [line for line in kept if line[0] + line[1] * self.depth > end + SAME_S]
+        self.lines = [*kept, (clock, slope)]
+        return max([end, *[start + steeper * self.depth for start, steeper in kept]])
 
     def free_s(self, stage: int) -> float:
         """Give when a stage is free again."""

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from dejavu.measure.records import StepKind
 from dejavu.planning.flow import SAME_S, Flow, StagedFlow
 from dejavu.planning.setup import Failure, PipelineSetup
-from dejavu.planning.times import FixedTimes
 
 INFINITY = float("inf")
 
@@ -64,6 +63,8 @@ class Microbatch:
     prompting: list[tuple[Job, int]] = field(default_factory=list)  # in the pass under way, with so many prompt tokens
     active: list[Seat] = field(default_factory=list)  # a heap, the first to end first
     stepping: int = 0  # rows that take a token step in the pass under way
+    step_s: float = 0.0  # of a token step before number `same_until`
+    same_until: int = 0
 
     @property
     def num_free(self) -> int:
@@ -103,8 +104,8 @@ class Pipeline:
     def __init__(self, setup: PipelineSetup, *, record: bool = False) -> None:
         self.setup = setup
         self.microbatches = [Microbatch(index, setup.rows) for index in range(setup.num_microbatches)]
-        staged = record or setup.swap is not None
-        self.flow: Flow | StagedFlow = (StagedFlow if staged else Flow)(setup.stages, setup.hop_s)
+        self.staged = record or setup.swap is not None
+        self.flow: Flow | StagedFlow = (StagedFlow if self.staged else Flow)(setup.stages, setup.hop_s)
         self.line: deque[Microbatch] = deque()  # waiting for stage 0
         self.under_way: deque[Microbatch] = deque()  # first to end first
         self.next_index = 0  # round robin goes on here
@@ -116,7 +117,7 @@ class Pipeline:
         self.changes = 0  # counts what may break a steady turn
         self.settled = -1  # at these changes no further turn can be skipped
         self.mark = Mark(-1, None, 0, [])
-        self.uniform = isinstance(setup.times, FixedTimes) and not staged
+        self.uniform = setup.times.steps_alike and not self.staged
 
     @property
     def next_s(self) -> float:
@@ -145,6 +146,8 @@ class Pipeline:
         Nothing from outside reaches this pipeline before `horizon_s`: so far turns may be skipped.
         """
         while True:
+            if self.under_way and not self.line and not self.staged:
+                self.run_steps(until_s)
             start_s = self.start_s
             if self.under_way and self.under_way[0].ready_s <= start_s:
                 self.finish_pass(self.under_way.popleft())
@@ -154,6 +157,33 @@ class Pipeline:
                 self.start_pass(self.choose(start_s), start_s, horizon_s)
             if self.next_s >= until_s:
                 return
+
+    def run_steps(self, until_s: float) -> None:
+        """Do token steps at most a turn long, quickly: each microbatch that is back goes out again, with no other event.
+
+        Returns before anything else than a step is due, or a step could not start before `until_s`.
+        """
+        flow, under_way = self.flow, self.under_way
+        assert isinstance(flow, Flow)
+        for _ in range(len(under_way) - 1):
+            microbatch = under_way[0]
+            active, clock_s = microbatch.active, flow.clock_s
+            start_s = microbatch.ready_s if microbatch.ready_s > clock_s else clock_s
+            if microbatch.prompting or microbatch.pending or start_s >= until_s:
+                return
+            step = microbatch.steps + 1
+            if active[0].last_step == step:
+                return
+            microbatch.steps = step
+            microbatch.passes += 1
+            microbatch.context += microbatch.stepping
+            microbatch.stepping = len(active)
+            step_s = microbatch.step_s if step < microbatch.same_until else self.step_s(microbatch)
+            microbatch.ready_s = flow.push(start_s, step_s)
+            self.work_s += step_s
+            self.num_passes += 1
+            self.next_index = microbatch.index + 1
+            under_way.rotate(-1)
 
     def seat(self, microbatch: Microbatch, job: Job, now_s: float) -> None:
         """Give a request a free row."""
@@ -222,6 +252,7 @@ class Pipeline:
         assert job.tokens_left > 0
         heapq.heappush(microbatch.active, Seat(microbatch.steps + job.tokens_left, job.order, job))
         microbatch.context += job.context
+        microbatch.same_until = 0
 
     def duration_s(self, microbatch: Microbatch) -> float:
         """Give the time of the pass that a microbatch starts, in each stage."""
@@ -261,6 +292,7 @@ class Pipeline:
             job = heapq.heappop(active).job
             microbatch.context -= job.context + job.tokens_left
             job.tokens_left = 0
+            microbatch.same_until = 0
             self.changes += 1
             self.done.append(Done(microbatch.ready_s, job))
 
@@ -329,8 +361,13 @@ class Pipeline:
 
     def step_s(self, microbatch: Microbatch) -> float:
         """Give the time of a microbatch's next token step, in each stage."""
-        count = len(microbatch.active)
-        return self.setup.times.token_s(count, microbatch.context / count)
+        if microbatch.steps >= microbatch.same_until:
+            count = len(microbatch.active)
+            context = microbatch.context / count
+            microbatch.step_s = self.setup.times.token_s(count, context)
+            span = self.setup.times.context_step
+            microbatch.same_until = microbatch.steps + (span - int(context) % span if span else 1 << 60)
+        return microbatch.step_s
 
     def fail(self, failure: Failure) -> list[Job]:
         """Stand still from a failure until its repair; give the requests that have to go back to a prompt pipeline.
@@ -371,7 +408,7 @@ def lose_kv(microbatch: Microbatch) -> list[Job]:
         job.tokens_left = left
         microbatch.pending.append(job)
     microbatch.active.clear()
-    microbatch.context = 0
+    microbatch.context = microbatch.same_until = 0
     microbatch.pending.sort(key=lambda job: job.order)
     for job in microbatch.pending:
         job.prompt_left = job.context
@@ -422,12 +459,12 @@ def turns_to_skip(pipeline: Pipeline, microbatch: Microbatch, turn_s: float, hor
 
 def steps_alike(pipeline: Pipeline, microbatch: Microbatch) -> int:
     """Count the token steps of a microbatch that take as long as its next one, without waiting for a fetch."""
-    count = len(microbatch.active)
-    alike: float = 1 << 30
-    if span := pipeline.setup.times.context_step:
-        alike = span - microbatch.context / count % span
+    pipeline.step_s(microbatch)
+    alike: float = microbatch.same_until - microbatch.steps
     swap = pipeline.setup.swap
     if swap and swap.bytes_per_token and len(pipeline.microbatches) > 2:
         shortest_s = min([pipeline.step_s(other) for other in pipeline.microbatches if other.active])
-        alike = min(alike, (shortest_s * swap.bandwidth / swap.bytes_per_token - microbatch.context) / count)
+        alike = min(
+            alike, (shortest_s * swap.bandwidth / swap.bytes_per_token - microbatch.context) / len(microbatch.active)
+        )
     return int(alike) - 1

@@ -14,7 +14,7 @@ from typing import Any
 from dejavu.errors import ConfigError
 from dejavu.measure.files import replacing
 
-CONTEXT_STEP = 64
+CONTEXT_STEP = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,7 @@ class ProfileTimes:
     """Give the times of one of `stages` even stages, by a profile; each combination is looked up once."""
 
     context_step = CONTEXT_STEP
+    steps_alike = False
 
     def __init__(self, profile: Profile, num_layers: int, stages: int, tp: int, stream_slowdown: float = 1.0) -> None:
         """Scale a profile to the stage with the most of `num_layers` layers; prompts take `stream_slowdown` longer."""
@@ -178,7 +179,7 @@ class ProfileTimes:
         return self.prompts[key]
 
     def token_s(self, num_rows: int, context: float) -> float:
-        """Give the time of a token step; the same for all contexts of a span of 64."""
+        """Give the time of a token step; the same for all contexts of a span of 128."""
         key = num_rows, int(context) // CONTEXT_STEP
         if key not in self.tokens:
             middle = (key[1] + 0.5) * CONTEXT_STEP

@@ -13,6 +13,10 @@ class StageTimes(Protocol):
     def context_step(self) -> int:
         """Give the span of context (tokens) over which `token_s` is taken to be constant; 0 if it always is."""
 
+    @property
+    def steps_alike(self) -> bool:
+        """Tell whether every token step takes the same time, whatever its rows and context."""
+
     def prompt_s(self, num_tokens: int, num_rows: int) -> float:
         """Give the time of a pass with `num_tokens` prompt tokens of `num_rows` requests."""
 
@@ -34,6 +38,11 @@ class FixedTimes:
     def context_step(self) -> int:
         """Give 0: the time never changes."""
         return 0
+
+    @property
+    def steps_alike(self) -> bool:
+        """Tell that every token step takes the same time."""
+        return True
 
     def prompt_s(self, num_tokens: int, num_rows: int) -> float:
         """Give the time of any pass with a prompt in it."""

@@ -1,0 +1,106 @@
+"""Repeat the paper's Appendix B: makespan and cost of one workload on 1 … n machines, layout against layout."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+
+from dejavu.planning.planner import Layout, LayoutKind, Task, make_setup, misfit
+from dejavu.planning.simulator import simulate
+
+KINDS: tuple[LayoutKind, ...] = ("colocated", "data-parallel", "disaggregated")
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """Hold one point: `speedup` is over the colocated pipeline with the same machines and batch; NaN without one."""
+
+    machines: int
+    layout: LayoutKind
+    prompt_stages: int
+    token_stages: int
+    replicas: int
+    batch: int
+    makespan_s: float
+    requests_per_s: float
+    latency_per_token_s_median: float
+    cost: float
+    speedup: float
+
+
+def sweep(
+    task: Task, machines: Sequence[int], cost_per_hour: float = 0.0, tp: int = 1, processes: int = 1
+) -> list[SweepRow]:
+    """Simulate each kind of layout on each number of machines at each batch that fits; a machine is a stage.
+
+    `task.machine.devices` is not used. `cost` is the makespan of all machines, each at
+    `cost_per_hour`.
+    """
+    points = [(task, count, batch, tp, cost_per_hour) for count in machines for batch in task.batches]
+    if processes == 1:
+        groups = [compare_kinds(*point) for point in points]
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            columns = zip(*reversed(points), strict=True)  # the largest first, so that no process ends long after all
+            groups = list(pool.map(compare_kinds, *columns))[::-1]
+    return [row for group in groups for row in group]
+
+
+def compare_kinds(task: Task, machines: int, batch: int, tp: int, cost_per_hour: float) -> list[SweepRow]:
+    """Give one point of each kind of layout, with its speed-up."""
+    group = [row for kind in KINDS for row in point(task, machines, batch, kind, tp, cost_per_hour)]
+    base = next((row.makespan_s for row in group if row.layout == "colocated"), float("nan"))
+    return [replace(row, speedup=base / row.makespan_s) for row in group]
+
+
+def point(task: Task, machines: int, batch: int, kind: LayoutKind, tp: int, cost_per_hour: float) -> Iterator[SweepRow]:
+    """Give the best layout of one kind, if any fits."""
+    rows = []
+    for layout in candidates(task, machines, batch, kind, tp):
+        result = simulate(make_setup(task, layout), task.requests)
+        rows.append(
+            SweepRow(
+                machines=machines,
+                layout=kind,
+                prompt_stages=layout.prompt_stages,
+                token_stages=layout.stages,
+                replicas=layout.replicas,
+                batch=batch,
+                makespan_s=result.makespan_s,
+                requests_per_s=result.requests_per_s,
+                latency_per_token_s_median=float(sorted(result.latency_per_token_s)[len(result.requests) // 2]),
+                cost=result.makespan_s / 3600 * machines * cost_per_hour,
+                speedup=1.0,
+            )
+        )
+    if rows:
+        yield min(rows, key=lambda row: row.makespan_s)
+
+
+def candidates(task: Task, machines: int, batch: int, kind: LayoutKind, tp: int) -> list[Layout]:
+    """Give the layouts of a kind worth simulating: the shallowest replicas that fit, the two most even splits."""
+    depth = min(machines, task.shape.num_layers)
+    if kind == "colocated":
+        options = [Layout(depth, tp, batch=batch)]
+    elif kind == "data-parallel":
+        depths = [d for d in range(1, machines // 2 + 1) if machines % d == 0 and d <= depth]
+        options = [Layout(d, tp, replicas=machines // d, batch=batch) for d in depths]
+        return [layout for layout in options if not misfit(task, layout)][:1]
+    else:
+        splits = [Layout(machines - p, tp, prompt_stages=p, batch=batch) for p in range(1, machines)]
+        options = [s for s in splits if max(s.stages, s.prompt_stages) <= task.shape.num_layers]
+    fitting = [layout for layout in options if not misfit(task, layout)]
+    return sorted(fitting, key=lambda layout: bottleneck_s(task, layout))[:2]
+
+
+def bottleneck_s(task: Task, layout: Layout) -> float:
+    """Estimate the makespan: the busier of both sides, with average requests in full microbatches."""
+    count = len(task.requests)
+    prompt = sum(r.prompt_tokens for r in task.requests) / count
+    output = sum(r.output_tokens for r in task.requests) / count
+    passes = count / layout.batch
+    token = passes * output * task.times.stage(layout.stages, layout.tp).token_s(layout.batch, prompt + output / 2)
+    if not layout.prompt_stages:
+        return token
+    times = task.times.stage(layout.prompt_stages, layout.tp, task.stream_slowdown)
+    return max(token, passes * times.prompt_s(int(prompt * layout.batch), layout.batch))
