@@ -41,7 +41,7 @@ def fact_table(facts: list[Fact]) -> Table:
     table = Table("capability", "state", "found", box=None, padding=(0, 2, 0, 0))
     for fact in facts:
         found = Text(fact.value)
-        if fact.remedy:
+        if fact.remedy and fact.remedy not in fact.value:
             found.append(f"\nto get it: {fact.remedy}", style="yellow")
         table.add_row(fact.name, Text(fact.state.value, style=STYLES[fact.state]), found)
     return table

@@ -111,7 +111,7 @@ def find_nccl() -> str:
         raise RuntimeError("the package nccl4py is not installed")
     from nccl import core
 
-    return f"nccl4py {metadata.version('nccl4py')}, NCCL {core.get_version()}"
+    return f"NCCL {core.get_version().libnccl.version}, nccl4py {metadata.version('nccl4py')}"
 
 
 CUDA_CHECKS: list[Check] = [
