@@ -122,8 +122,9 @@ class Buffer(Closing):
         return self.memory.ipc_handle()
 
     def close(self) -> None:
-        """Free or unmap the memory."""
+        """Free or unmap the memory; on CUDA this waits for the work of the whole device, as the driver does."""
         assert self._owner, "a view owns no memory: close the buffer that it was taken from"
+        self.device.prepare_free()
         self.memory.close()
 
 
@@ -257,6 +258,10 @@ class Device(Closing):
     @abstractmethod
     def synchronize(self) -> None:
         """Block until every stream of this device is done."""
+
+    @abstractmethod
+    def prepare_free(self) -> None:
+        """Make sure that freeing memory cannot hang; for `Buffer.close`."""
 
     # Streams, events, graphs
 

@@ -71,6 +71,9 @@ class CpuDevice(Device):
         for stream in list(self._streams):
             stream.synchronize()
 
+    def prepare_free(self) -> None:
+        """Do nothing: memory goes when the last work over it is done."""
+
     def close(self) -> None:
         """Close the streams that are still open."""
         for stream in list(self._streams):

@@ -60,6 +60,8 @@ class CudaDevice(Device):
         self._retained: list[Any] = [self._device]  # whose primary contexts this object holds
         self.activate()
         self.properties = _properties(self._device, index)
+        # Loading a kernel or making a stream may wait for the whole device: before any stream can wait for a flag.
+        self._kernel = PackKernel(self.properties.architecture, self._wait_event)
         self.watch = FlagWatch()
         self.captured_waits: list[tuple[int, int, float]] | None = None  # of the capture that is under way
         self._streams: weakref.WeakSet[CudaStream] = weakref.WeakSet()
@@ -122,6 +124,11 @@ class CudaDevice(Device):
             stream.synchronize()
         call(driver.cuCtxSynchronize)
 
+    def prepare_free(self) -> None:
+        """Let the flag waits in flight end, by their flags or deadlines: cuMemFree waits for every stream."""
+        self.activate()
+        poll(self.watch.settled, None, "a flag wait")
+
     def close(self) -> None:
         """Close streams and tables, and give the context back."""
         from cuda.bindings import driver
@@ -131,8 +138,7 @@ class CudaDevice(Device):
         self.activate()
         for stream in list(self._streams):
             stream.close()
-        if "_kernel" in self.__dict__:
-            self._kernel.close()
+        self._kernel.close()
         self.watch.close()
         for device in self._retained:
             call(driver.cuDevicePrimaryCtxRelease, device)
@@ -324,10 +330,6 @@ class CudaDevice(Device):
             self.captured_waits.append((address, value, deadline_s))
         else:
             self.watch.add(stream, address, value, deadline_s)
-
-    @cached_property
-    def _kernel(self) -> PackKernel:
-        return PackKernel(self.properties.architecture, self._wait_event)
 
     def _wait_event(self, event: Any) -> None:
         def settled() -> bool:

@@ -66,7 +66,7 @@ class FlagWatch:
     def __init__(self) -> None:
         self._waits: list[FlagWait] = []
         self._lock = threading.Lock()
-        self._rescue: Any = None  # a stream of its own, which hangs behind nobody
+        self._rescue = _urgent_stream()  # hangs behind nobody
 
     def add(self, stream: "CudaStream", address: int, value: int, deadline_s: float) -> None:
         """Note a wait that was just queued."""
@@ -84,6 +84,11 @@ class FlagWatch:
         with self._lock:
             self._forget_reached()
             return bool(self._waits)
+
+    def settled(self) -> bool:
+        """Fail what is late, and say whether no wait is in flight."""
+        self.expire()
+        return not self.in_flight()
 
     def expire(self) -> None:
         """Fail the streams whose waits have passed their deadline."""
@@ -105,7 +110,7 @@ class FlagWatch:
         with self._lock:
             for wait in self._waits:
                 if wait.stream is stream:
-                    call(driver.cuStreamWriteValue32, self._rescue_stream(), wait.address, wait.value, 0)
+                    call(driver.cuStreamWriteValue32, self._rescue, wait.address, wait.value, 0)
 
     def close(self) -> None:
         """Give the events back; no wait is in flight."""
@@ -114,17 +119,7 @@ class FlagWatch:
         for wait in self._waits:
             call(driver.cuEventDestroy, wait.event)
         self._waits.clear()
-        if self._rescue is not None:
-            call(driver.cuStreamDestroy, self._rescue)
-
-    def _rescue_stream(self) -> Any:
-        from cuda.bindings import driver
-
-        if self._rescue is None:
-            _, highest = call(driver.cuCtxGetStreamPriorityRange)
-            flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-            self._rescue = call(driver.cuStreamCreateWithPriority, flags, highest)
-        return self._rescue
+        call(driver.cuStreamDestroy, self._rescue)
 
     def _forget_reached(self) -> None:
         from cuda.bindings import driver
@@ -136,6 +131,13 @@ class FlagWatch:
             else:
                 kept.append(wait)
         self._waits = kept
+
+
+def _urgent_stream() -> Any:
+    from cuda.bindings import driver
+
+    _, highest = call(driver.cuCtxGetStreamPriorityRange)
+    return call(driver.cuStreamCreateWithPriority, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, highest)
 
 
 class CudaStream(Stream):

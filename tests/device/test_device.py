@@ -95,11 +95,12 @@ class TestOrder:
             assert (buffer.tensor() == 49).all()
 
     def test_streams_run_beside_each_other(self, device, stream, gate):
-        gate.hold(stream)
         with device.create_stream("free") as free, device.allocate(64) as buffer:
+            gate.hold(stream)
             device.fill(buffer, 1, stream=free)
             free.synchronize(10)
             assert not stream.query()
+            gate.open()
 
     def test_an_event_orders_another_stream_behind_it(self, device, stream, gate):
         with (
@@ -229,6 +230,16 @@ class TestFailure:
         with pytest.raises(ZeroDivisionError):
             leave()
         assert time.monotonic() - start_s < 5
+
+    def test_freeing_memory_beside_a_dead_flag_does_not_hang(self, device, gate):
+        with device.create_stream("dead") as stream:
+            buffer = device.allocate(64)
+            gate.hold(stream, deadline_s=0.2)
+            start_s = time.monotonic()
+            buffer.close()
+            assert time.monotonic() - start_s < 5
+            with pytest.raises(DeadlineError, match="flag"):
+                stream.synchronize(10)
 
     def test_memory_that_does_not_fit_is_refused(self, device):
         with pytest.raises(CapacityError, match="bytes"):
