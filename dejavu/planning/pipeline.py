@@ -159,7 +159,7 @@ class Pipeline:
                 return
 
     def run_steps(self, until_s: float) -> None:
-        """Do token steps at most a turn long, quickly: each microbatch that is back goes out again, with no other event.
+        """Do token steps, less than a turn of them, quickly: each microbatch that is back goes out again at once.
 
         Returns before anything else than a step is due, or a step could not start before `until_s`.
         """

@@ -5,10 +5,56 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
-from dejavu.planning.planner import Layout, LayoutKind, Task, make_setup, misfit
+from dejavu.planning.planner import Layout, LayoutKind, Task, TimeSource, make_setup, misfit
 from dejavu.planning.simulator import simulate
+from dejavu.planning.times import StageTimes
 
 KINDS: tuple[LayoutKind, ...] = ("colocated", "data-parallel", "disaggregated")
+
+
+@dataclass(frozen=True, slots=True)
+class AverageSteps:
+    """Let every token step take as long as one of full rows with an average context, as the paper's simulator does."""
+
+    times: StageTimes
+    step_s: float
+
+    @property
+    def context_step(self) -> int:
+        """Give 0: a token step always takes the same."""
+        return 0
+
+    @property
+    def steps_alike(self) -> bool:
+        """Tell that every token step takes the same time."""
+        return True
+
+    def prompt_s(self, num_tokens: int, num_rows: int) -> float:
+        """Give the time of a prompt pass."""
+        return self.times.prompt_s(num_tokens, num_rows)
+
+    def token_s(self, num_rows: int, context: float) -> float:
+        """Give the time of a token step."""
+        return self.step_s
+
+
+@dataclass(frozen=True, slots=True)
+class AverageSource:
+    """Average the token steps of another source's times."""
+
+    source: TimeSource
+    batch: int
+    context: float
+
+    @property
+    def tensor_degrees(self) -> Sequence[int]:
+        """Give the source's."""
+        return self.source.tensor_degrees
+
+    def stage(self, stages: int, tp: int, stream_slowdown: float = 1.0) -> StageTimes:
+        """Give the times of the fullest stage."""
+        times = self.source.stage(stages, tp, stream_slowdown)
+        return AverageSteps(times, times.token_s(self.batch, self.context))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +94,8 @@ def sweep(
 
 def compare_kinds(task: Task, machines: int, batch: int, tp: int, cost_per_hour: float) -> list[SweepRow]:
     """Give one point of each kind of layout, with its speed-up."""
+    context = sum(r.prompt_tokens + r.output_tokens / 2 for r in task.requests) / len(task.requests)
+    task = replace(task, times=AverageSource(task.times, batch, context))
     group = [row for kind in KINDS for row in point(task, machines, batch, kind, tp, cost_per_hour)]
     base = next((row.makespan_s for row in group if row.layout == "colocated"), float("nan"))
     return [replace(row, speedup=base / row.makespan_s) for row in group]
