@@ -220,7 +220,8 @@ def test_ranks_die_with_a_killed_mpirun_and_what_they_leave_can_be_removed(tmp_p
     assert process.stdout
     pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
     assert set(pids) <= set(job_processes(mark))
-    segments = {line.split()[5] for pid in pids for line in Path(f"/proc/{pid}/maps").open() if "/sm_segment." in line}
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+    segments = {line.split()[5] for line in maps.splitlines() if "/sm_segment." in line}
     session = Path(tempfile.gettempdir(), f"ompi.{process.pid}")
     assert session.is_dir()
     assert segments
