@@ -8,10 +8,8 @@ from pathlib import Path
 from dejavu.cluster.engine import Outcome, run_controller, run_worker
 from dejavu.cluster.job import Job, prepare
 from dejavu.cluster.launcher import RUN_DIR
-from dejavu.cluster.process import guarded
 from dejavu.config import ServeConfig
 from dejavu.engine.controller import Controller
-from dejavu.engine.setup import EngineSetup
 from dejavu.errors import UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
 from dejavu.measure.run_directory import RunDirectory
@@ -24,12 +22,7 @@ STATUS_EVERY_S = 0.2
 
 
 def run_rank(config: ServeConfig) -> int:
-    """Be rank 0, which serves, or a worker; give the exit code. An exception on any rank ends the whole job."""
-    return guarded(lambda: join(config))
-
-
-def join(config: ServeConfig) -> int:
-    """Meet the other ranks and take this rank's part."""
+    """Meet the other ranks, and be rank 0, which serves, or a worker; give the exit code."""
     from mpi4py import MPI
 
     channel = Channel(MPI.COMM_WORLD, config.stall_timeout)

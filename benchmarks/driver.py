@@ -1,0 +1,67 @@
+"""What every benchmark shares: its ranks, its run directory, its table and its last line."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from dejavu.cluster.jobs import start_job
+from dejavu.cluster.launcher import RUN_DIR, world_rank
+from dejavu.measure.environment import describe_run
+from dejavu.measure.records import write_table
+from dejavu.measure.render import format_number
+from dejavu.measure.run_directory import RunDirectory
+
+Row = dict[str, Any]
+
+
+def run_ranks(context: click.Context, num_ranks: int, name: str, out: str | None, rank_main: Callable[[], int]) -> int:
+    """Be a rank of the benchmark inside mpirun; outside, start `num_ranks` of them with the same arguments."""
+    if world_rank(os.environ) is None:
+        return start_job(num_ranks, context.obj, name=f"bench-{name}", out=out, progress=False)
+    from dejavu.cluster.process import guarded
+
+    return guarded(rank_main)
+
+
+def open_run_directory(name: str, out: str | None) -> RunDirectory:
+    """Take the run directory that the launcher made, or make it."""
+    if path := os.environ.get(RUN_DIR):
+        return RunDirectory(Path(path))
+    return RunDirectory.create(f"bench-{name}", out)
+
+
+def finish(
+    directory: RunDirectory, name: str, rows: Sequence[Row], options: Row, ranks: Sequence[Row] = (), **facts: Any
+) -> None:
+    """Write run.yaml and NAME.csv, print the table and the JSON line, and say that all went well."""
+    directory.write_run(describe_run(options, list(ranks), **facts))
+    columns = list(rows[0]) if rows else []
+    write_table(directory.path / f"{name}.csv", columns, [[row[column] for column in columns] for row in rows])
+    print_table(name, rows)
+    print(json.dumps({"bench": name, "run": str(directory.path), "rows": list(rows)}), flush=True)
+    directory.write_result("ok", 0)
+
+
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    """Print rows for people: numbers with few digits, right-aligned."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in rows[0] if rows else ():
+        words = isinstance(rows[0][column], str)
+        table.add_column(column.replace("_", " "), justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(shown(value) for value in row.values()))
+    Console().print(table)
+
+
+def shown(value: object) -> str:
+    """Write a value of a table for people."""
+    if value is None:
+        return "–"
+    return format_number(value) if isinstance(value, float) else str(value)
