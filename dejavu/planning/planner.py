@@ -304,8 +304,7 @@ def why_worse(scored: Scored, best: Scored, goal: Goal) -> str:
         if late or slow:
             return f"{100 * late:.0f} % of requests miss the TTFT limit, {100 * slow:.0f} % the TPOT limit"
     if scored.score < best.score:
-        idle = max(max(stages) for stages in scored.result.idle_fractions)
-        return f"{100 * (1 - scored.score / best.score):.1f} % less {goal.name}; a stage idles {100 * idle:.0f} %"
+        return f"{100 * (1 - scored.score / best.score):.1f} % less {goal.name}"
     return "equal, with more devices or rows"
 
 

@@ -66,8 +66,9 @@ class Result:
 
     @property
     def tpot_s(self) -> Floats:
-        """Give each request's mean time per token after the first; 0 where there is only one."""
-        return (self.finish_s - self.first_token_s) / np.maximum(1, self.output_tokens - 1)
+        """Give each request's mean time per token after the first; NaN where there is only one."""
+        later = self.output_tokens - 1.0
+        return np.divide(self.finish_s - self.first_token_s, later, out=np.full(len(later), NAN), where=later > 0)
 
     @property
     def latency_per_token_s(self) -> Floats:
@@ -82,7 +83,7 @@ class Result:
 
     def goodput(self, ttft_s: float = INFINITY, tpot_s: float = INFINITY) -> float:
         """Give the requests per second that meet both limits."""
-        good = (self.ttft_s <= ttft_s) & (self.tpot_s <= tpot_s)
+        good = (self.ttft_s <= ttft_s) & ~(self.tpot_s > tpot_s)
         return float(good.sum()) / self.makespan_s if self.makespan_s else INFINITY
 
     def request_records(self) -> list[RequestRecord]:

@@ -1,0 +1,222 @@
+"""`dejavu plan`: which split of the machine serves a workload best."""
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.console import Console
+
+from dejavu.errors import UsageError
+
+from .tables import row_table, rows_table
+
+HELP = """Work out how to split devices among prompts and tokens.
+
+Searches every layout that fits in memory and scores each by simulating the workload. With --paper it gives the closed
+form of the DéjàVu paper instead, in which a device is a machine and one pipeline stage. Ends with one line of JSON."""
+
+COLUMNS = {
+    "rank": "#",
+    "layout": "layout",
+    "tp": "tp",
+    "prompt_stages": "prompt",
+    "token_stages": "token",
+    "replicas": "times",
+    "batch": "batch",
+    "swap": "swap",
+    "score_requests_per_s": "req/s",
+    "reason": "why not",
+}
+
+
+@click.command(help=HELP)
+@click.option("--devices", type=int, required=True, help="Devices D to share out; with --paper machines (= stages).")
+@click.option("--memory-gb", type=float, help="Memory of one device, in 1e9 bytes; a profile may know it.")
+@click.option("--devices-per-machine", type=int, default=1, show_default=True, help="Devices in a machine (--paper).")
+@click.option("--model", help="Take layers and sizes from this model: a directory, a table name, or an id.")
+@click.option("--layers", type=int, help="Layers L of the model.")
+@click.option("--attention-size", type=int, help="Numbers a of K (or V) per token and layer.")
+@click.option("--layer-params", type=int, help="Numbers in the weights of one layer.")
+@click.option("--dtype-bytes", type=int, default=2, show_default=True, help="Bytes f of a number.")
+@click.option("--prompt-len", type=int, default=512, show_default=True, help="Prompt tokens P of a request.")
+@click.option("--output-len", type=int, default=128, show_default=True, help="Output tokens N of a request.")
+@click.option("--batch", type=int, help="Rows b of a microbatch that --prompt-ms is of; searched otherwise. [8]")
+@click.option("--prompt-ms", type=float, help="Time Y of a prompt pass of the batch through the whole model.")
+@click.option("--token-ms", type=float, help="Time t of a token pass through the whole model.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Times measured by `dejavu bench profile`, instead.")
+@click.option("--stream-slowdown", type=float, default=1.0, show_default=True, help="Slow-down m of prompts.")
+@click.option("--host-gbps", type=float, default=0.0, help="Host link bandwidth, GB/s; swapping is tried where known.")
+@click.option("--trace", type=click.Path(path_type=Path), help="The workload; equal requests by default.")
+@click.option("--num-requests", type=int, default=128, show_default=True, help="Requests to plan for, at most.")
+@click.option("--rate", type=float, default=0.0, help="Requests per second (Poisson); 0 is all at once.")
+@click.option("--ttft", "ttft_ms", type=float, help="Limit of the time to the first token, ms: plan for goodput.")
+@click.option("--tpot", "tpot_ms", type=float, help="Limit of the time per later token, ms: plan for goodput.")
+@click.option("--paper", is_flag=True, help="Give the paper's closed form.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory for plan.csv and best.yaml.")
+def command(**options: Any) -> int:
+    """Run the command."""
+    return plan_by_paper(options) if options["paper"] else search(options)
+
+
+def needed(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Give options that have to be there; raise UsageError naming the first that is not."""
+    for name in names:
+        if options[name] is None:
+            raise UsageError(f"--{name.replace('_', '-')} is missing: give it, or what it can be worked out from")
+    return {name: options[name] for name in names}
+
+
+def with_model(options: dict[str, Any]) -> dict[str, Any]:
+    """Fill layers and sizes in from the model."""
+    if not options["model"]:
+        return options
+    shape = model_shape(options["model"])
+    known = {
+        "layers": shape.num_layers,
+        "attention_size": shape.attention_size,
+        "layer_params": shape.layer_params,
+    }
+    return options | {name: value for name, value in known.items() if options[name] is None}
+
+
+def model_shape(name: str) -> Any:
+    """Weigh a model by its name."""
+    from dejavu.model.resolve import resolve_model
+    from dejavu.planning.shape import shape_of
+
+    return shape_of(resolve_model(name, "dummy").spec)
+
+
+def plan_by_paper(options: dict[str, Any]) -> int:
+    """Print the closed form's split."""
+    from dejavu.planning.paper import PaperInputs, plan_paper
+    from dejavu.planning.rows import paper_plan_row
+
+    options = with_model(options)
+    names = ("devices", "memory_gb", "prompt_len", "output_len", "prompt_ms", "token_ms", "layers")
+    values = needed(options, *names, "attention_size", "layer_params", "devices_per_machine", "dtype_bytes")
+    inputs = PaperInputs(**values, batch=default_batch(options), stream_slowdown=options["stream_slowdown"])
+    row = paper_plan_row(plan_paper(inputs))
+    console = Console()
+    console.print(row_table(row, "the paper's closed form"))
+    if not row["disaggregation_pays"]:
+        console.print("disaggregation does not pay here: Y/t is at most (D-1)/(D(2-m)-1)")
+    return finish([row], options["out"])
+
+
+def default_batch(options: dict[str, Any]) -> int:
+    """Give the batch that times are of."""
+    return 8 if options["batch"] is None else int(options["batch"])
+
+
+def search(options: dict[str, Any]) -> int:
+    """Print the ten best layouts."""
+    from dejavu.planning.planner import Goal, plan
+    from dejavu.planning.rows import plan_rows
+
+    task = make_task(options)
+    limits = [float("inf") if options[name] is None else options[name] / 1e3 for name in ("ttft_ms", "tpot_ms")]
+    found = plan(task, Goal(*limits))
+    console = Console()
+    rows = plan_rows(found)
+    title = f"{len(found.ranked)} layouts of {options['devices']} devices by {found.goal.name}: the best {len(rows)}"
+    console.print(rows_table(rows, COLUMNS, title))
+    for verdict in found.verdicts:
+        console.print(verdict)
+    return finish(rows, options["out"], found.best.layout, options["model"])
+
+
+def make_task(options: dict[str, Any]) -> Any:
+    """Gather what the search is for."""
+    from dejavu.planning.planner import GB, Machine, Task
+
+    profile = read_profile(options["profile"])
+    if profile and not options["model"]:
+        options = options | {"model": profile.model}
+    shape = make_shape(options)
+    if options["memory_gb"] is None and profile and profile.memory_bytes:
+        options = options | {"memory_gb": profile.memory_bytes / GB}
+    needed(options, "memory_gb")
+    host_gbps = options["host_gbps"] or (profile.bandwidths_gbps.get("host", 0.0) if profile else 0.0)
+    batch = {"batches": (options["batch"],)} if options["batch"] else {}
+    return Task(
+        shape,
+        Machine(options["devices"], options["memory_gb"] * GB, host_gbps * GB),
+        make_times(options, profile, shape.num_layers),
+        make_requests(options),
+        profile.dtype_bytes if profile else options["dtype_bytes"],
+        options["stream_slowdown"],
+        **batch,
+    )
+
+
+def make_shape(options: dict[str, Any]) -> Any:
+    """Weigh the model: by its name, or by the numbers given."""
+    from dejavu.planning.shape import ModelShape
+
+    if options["model"]:
+        return model_shape(options["model"])
+    values = needed(options, "layers", "layer_params", "attention_size")
+    return ModelShape(*values.values())
+
+
+def read_profile(path: Path | None) -> Any:
+    """Read the profile, if there is one."""
+    from dejavu.planning.profile import load_profile
+
+    return load_profile(path) if path else None
+
+
+def make_times(options: dict[str, Any], profile: Any, num_layers: int) -> Any:
+    """Take times from the profile, or as given."""
+    from dejavu.planning.planner import GivenTimes, ProfiledTimes
+
+    if profile:
+        return ProfiledTimes(profile, num_layers)
+    values = needed(options, "prompt_ms", "token_ms", "prompt_len")
+    return GivenTimes(**values, batch=default_batch(options))
+
+
+def make_requests(options: dict[str, Any]) -> Any:
+    """Read the workload, or make up equal requests."""
+    from dejavu.planning.lengths import Lengths
+    from dejavu.planning.trace import TraceEntry, read_trace, with_rate
+
+    if options["trace"]:
+        entries = read_trace(options["trace"], limit=options["num_requests"])
+    else:
+        entries = [TraceEntry(Lengths(options["prompt_len"], options["output_len"]))] * options["num_requests"]
+    if options["rate"]:
+        entries = with_rate(entries, options["rate"])
+    return tuple(entry.lengths for entry in entries)
+
+
+def finish(rows: list[dict[str, Any]], out: Path | None, layout: Any = None, model: str | None = None) -> int:
+    """Write the files, if asked to, and the last line."""
+    from dejavu.planning.rows import json_line, write_rows
+
+    if out:
+        make_directory(out)
+        write_rows(out / "plan.csv", rows)
+        if layout:
+            write_profile(out / "best.yaml", layout, model)
+    click.echo(json_line("plan", out, rows))
+    return 0
+
+
+def write_profile(path: Path, layout: Any, model: str | None) -> None:
+    """Write the best layout as a profile for `dejavu serve`."""
+    import yaml
+
+    from dejavu.planning.planner import serve_profile
+
+    path.write_text(yaml.safe_dump(serve_profile(layout, model or "demo"), sort_keys=False), encoding="utf-8")
+    click.echo(f"wrote {path}")
+
+
+def make_directory(out: Path) -> None:
+    """Make the output directory; raise UsageError where that is impossible."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {out} ({error.strerror}): name a writable directory with --out") from None
