@@ -1,0 +1,221 @@
+"""Lanes: the streams of a carrier, and the transfers that are nothing but work on them."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dejavu.device.base import Closing, Device, Event, Stream
+from dejavu.errors import DeadlineError, TransferError
+from dejavu.transport.carrier import DEFAULT_DEADLINE_S, Transfer
+from dejavu.transport.staging import cancelled, wrap
+
+MAX_LANES = 16  # streams of one direction; devices have few hardware queues
+
+
+class Lane:
+    """Hold one stream of a carrier and the transfers that it still has to pass."""
+
+    __slots__ = ("running", "stream")
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.running: deque[LaneTransfer] = deque()
+
+    def reap(self) -> None:
+        """Forget the transfers that have ended."""
+        while self.running and self.running[0].done:
+            self.running.popleft()
+
+    @property
+    def is_sound(self) -> bool:
+        """Tell whether the stream has had no error: one that had does none of its later work."""
+        try:
+            self.stream.query()
+        except Exception:  # the transfers on this lane have it from their own events
+            return False
+        return True
+
+
+class Lanes(Closing):
+    """Lend the streams of one direction: an idle one, a new one up to a limit, then the one lent the longest ago.
+
+    So a transfer that waits for its producer holds up no other, as long as there are lanes.
+    """
+
+    def __init__(self, device: Device, name: str, limit: int = MAX_LANES) -> None:
+        self.device = device
+        self._name = name
+        self._limit = limit
+        self._lanes: deque[Lane] = deque()  # least recently lent first
+        self._events: list[Event] = []
+        self.lock = threading.RLock()  # taken before a transfer's
+
+    def run(self, nbytes: int, after: Event | None, work: Callable[[Stream], None], held: object) -> "LaneTransfer":
+        """Have `work` queue its copies behind `after` on a lane, and give the transfer that follows them.
+
+        `held` stays alive until the transfer has ended. `after` is given back to `mark`'s events.
+        """
+        with self.lock:
+            lane = self._take()
+            if after is not None:
+                after.wait(lane.stream)
+                self._events.append(after)
+            work(lane.stream)
+            transfer = LaneTransfer(self, lane, nbytes, self._record(lane.stream), held)
+            lane.running.append(transfer)
+        return transfer
+
+    def mark(self, stream: Stream) -> Event:
+        """Give an event at the point that `stream` has reached with its queued work; `run` takes it back."""
+        with self.lock:
+            return self._record(stream)
+
+    def recycle(self, event: Event) -> None:
+        """Take back an event that nobody waits for on the host."""
+        self._events.append(event)
+
+    def close(self) -> None:
+        """End what still runs, and close the streams."""
+        with self.lock:
+            for lane in self._lanes:
+                lane.reap()
+                if lane.running:
+                    lane.stream.cancel(TransferError("the carrier was closed before the transfer had ended"))
+                lane.stream.close()
+                lane.reap()
+            self._lanes.clear()
+            while self._events:
+                self._events.pop().close()
+
+    def _take(self) -> Lane:
+        for lane in list(self._lanes):
+            lane.reap()
+            if not lane.is_sound:
+                self._drop(lane)
+        lane = next((lane for lane in self._lanes if not lane.running), None) or self._another()
+        self._lanes.remove(lane)
+        self._lanes.append(lane)
+        return lane
+
+    def _another(self) -> Lane:
+        if len(self._lanes) < self._limit:
+            self._lanes.append(Lane(self.device.create_stream(self._name)))
+            return self._lanes[-1]
+        return self._lanes[0]
+
+    def _drop(self, lane: Lane) -> None:
+        if not lane.running:  # until then its transfers need the stream
+            self._lanes.remove(lane)
+            lane.stream.close()
+
+    def _record(self, stream: Stream) -> Event:
+        event = self._events.pop() if self._events else self.device.create_event()
+        event.record(stream)
+        return event
+
+
+class LaneTransfer(Transfer):
+    """Follow work that is queued on a lane: it has ended when the lane's stream has passed it."""
+
+    def __init__(self, lanes: Lanes, lane: Lane, nbytes: int, event: Event, held: object) -> None:
+        self.nbytes = nbytes
+        self._lanes = lanes
+        self._lane = lane
+        self._event: Event | None = event
+        self._held = held
+        self._error: TransferError | None = None
+        self._ordered: list[Stream] = []
+        self._users = 0  # calls that hold the event outside the lock
+        self._has_ended = False
+        self._lock = threading.RLock()
+
+    @property
+    def moved_bytes(self) -> int:
+        """Give all or nothing: the copies do not report."""
+        return self.nbytes if self.done and self._error is None else 0
+
+    @property
+    def done(self) -> bool:
+        """Ask the event."""
+        with self._lock:
+            if self._has_ended:
+                return True
+            assert self._event is not None
+            try:
+                if self._event.query():
+                    self._end(None)
+            except Exception as error:  # the stream's own error, which becomes this transfer's
+                self._end(error)
+            return self._has_ended
+
+    @property
+    def error(self) -> TransferError | None:
+        """Give the error once the transfer has ended."""
+        return self._error if self.done else None
+
+    def wait(self, deadline_s: float | None = DEFAULT_DEADLINE_S) -> None:
+        """Block until the stream has passed the work."""
+        with self._using() as event:
+            if event is not None:
+                self._synchronize(event, deadline_s)
+        if self._error is not None:
+            raise self._error
+
+    def order(self, stream: Stream) -> None:
+        """Queue a wait for the event; raises the error of a transfer that has ended with one."""
+        with self._using() as event:
+            if event is not None:
+                self._ordered.append(stream)
+                event.wait(stream)
+        if self._has_ended and self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """Make the transfer end with an error; what is being copied may be copied to its end before `done`."""
+        with self._lanes.lock, self._lock:
+            if self.done:
+                return
+            self._error = cancelled()
+            if len(self._lane.running) == 1:
+                self._lane.stream.cancel(self._error)
+            for stream in self._ordered:
+                stream.cancel(self._error)
+
+    def _synchronize(self, event: Event, deadline_s: float | None) -> None:
+        try:
+            event.synchronize(deadline_s)
+        except DeadlineError:
+            if not self.done:
+                raise
+        except Exception as error:  # the stream's own error, which becomes this transfer's
+            with self._lock:
+                self._end(error)
+        assert self.done
+
+    def _end(self, error: Exception | None) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        if self._error is None and error is not None:
+            self._error = wrap(error)
+        self._held = None
+        self._ordered.clear()
+        self._give_event()
+
+    def _give_event(self) -> None:
+        if self._has_ended and self._users == 0 and self._event is not None:
+            self._lanes.recycle(self._event)
+            self._event = None
+
+    @contextmanager
+    def _using(self) -> Iterator[Event | None]:
+        with self._lock:
+            event = None if self.done else self._event
+            self._users += 1
+        try:
+            yield event
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._give_event()

@@ -1,0 +1,80 @@
+"""What carriers share: copies of pieces either way, slots of staging memory, and errors of one kind."""
+
+import threading
+
+from dejavu.device.base import Buffer, Closing, Device, Location, Stream
+from dejavu.device.pieces import Pieces
+from dejavu.errors import TransferError
+from dejavu.transport.carrier import Gathering
+from dejavu.transport.message import coalesce
+
+CHUNK_BYTES = 4 << 20
+
+
+def move(
+    device: Device, target: Buffer, source: Buffer, pieces: Pieces, gathering: Gathering, *, stream: Stream
+) -> None:
+    """Queue the copies of pieces: one for each, or one for all of them. The pieces have been checked."""
+    if gathering is Gathering.PACKED:
+        pieces = coalesce(pieces)
+    if len(pieces) > 1 and gathering is Gathering.PACKED:
+        device.pack(target, source, pieces, stream=stream)
+        return
+    rows = zip(pieces.source.tolist(), pieces.target.tolist(), pieces.nbytes.tolist(), strict=True)
+    for start, to, nbytes in rows:
+        if nbytes:
+            device.copy(target.view(to, nbytes), source.view(start, nbytes), stream=stream)
+
+
+def wrap(error: BaseException) -> TransferError:
+    """Give any error as the one that a transfer ends with."""
+    if isinstance(error, TransferError):
+        return error
+    wrapped = TransferError(f"a transfer failed: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def cancelled() -> TransferError:
+    """Make the error of a transfer that its own side has cancelled."""
+    return TransferError("the transfer was cancelled: what it has written is void")
+
+
+class Slots(Closing):
+    """Lend equal pieces of staging memory; callable from any thread. The memory is allocated by the first `take`."""
+
+    def __init__(
+        self, device: Device, *, slot_bytes: int = CHUNK_BYTES, num_slots: int = 8, location: Location = Location.HOST
+    ) -> None:
+        self.slot_bytes = slot_bytes
+        self.num_slots = num_slots
+        self._device = device
+        self._location = location
+        self._memory: Buffer | None = None
+        self._free: list[Buffer] = []
+        self._lock = threading.Lock()
+
+    def take(self) -> Buffer | None:
+        """Give a slot of `slot_bytes`, or None while all are lent."""
+        with self._lock:
+            if self._memory is None:
+                self._allocate()
+            return self._free.pop() if self._free else None
+
+    def give(self, slot: Buffer) -> None:
+        """Take a slot back, which nothing reads or writes any more."""
+        with self._lock:
+            self._free.append(slot)
+
+    def close(self) -> None:
+        """Free the memory."""
+        with self._lock:
+            self._free.clear()
+            if self._memory is not None:
+                self._memory.close()
+                self._memory = None
+
+    def _allocate(self) -> None:
+        make = self._device.allocate_host if self._location is Location.HOST else self._device.allocate
+        self._memory = make(self.slot_bytes * self.num_slots)
+        self._free = [self._memory.view(i * self.slot_bytes, self.slot_bytes) for i in range(self.num_slots)]
