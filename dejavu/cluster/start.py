@@ -61,7 +61,7 @@ def serve(channel: Channel, config: ServeConfig) -> int:
         channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream
     )
     summary = write_results(directory, job, completions, outcome)
-    show(summary, directory)
+    show(completions, summary, directory)
     directory.write_result("ok", 0)
     return 0
 
@@ -155,12 +155,14 @@ def write_results(directory: RunDirectory, job: Job, completions: list[Completio
     return summary
 
 
-def show(summary: Summary, directory: RunDirectory) -> None:
-    """Print the summary and where the results are."""
+def show(completions: list[Completion], summary: Summary, directory: RunDirectory) -> None:
+    """Print the first texts, the summary, and where the results are."""
     from rich.console import Console
 
-    from dejavu.measure.render import render_summary
+    from dejavu.measure.render import render_outputs, render_summary
 
     console = Console()
+    if any(completion.text for completion in completions):
+        console.print(render_outputs(completions))
     console.print(render_summary(summary))
     console.print(f"Results in {directory.path}", soft_wrap=True, highlight=False)

@@ -1,12 +1,16 @@
 """Draw a run's summary for people: few digits, units, 80 columns."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dejavu.measure.summary import LATENCIES, Percentiles, Summary
+from dejavu.request import Completion
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+MOST_OUTPUTS = 12
+LONGEST_OUTPUT = 150  # characters: two lines or so
 TITLES = dict(zip(LATENCIES, ("time to first token", "time per later token", "latency per output token"), strict=True))
 
 
@@ -28,6 +32,30 @@ def render_summary(summary: Summary) -> "RenderableType":
     for key, name in TITLES.items():
         latencies.add_row(name, *map(format_seconds, summary.latencies[key]))
     return Group(latencies, facts)
+
+
+def render_outputs(completions: Sequence[Completion]) -> "RenderableType":
+    """Draw the first texts, each cut to a few lines; the run directory has them all, and whole."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = [completion for completion in completions if completion.text is not None][:MOST_OUTPUTS]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("request", style="bold", max_width=24, no_wrap=True)
+    table.add_column("end", style="dim", no_wrap=True)
+    table.add_column("output")
+    for completion in shown:
+        reason = completion.finish_reason.value if completion.finish_reason else "-"
+        table.add_row(Text(one_line(completion.request.request_id, 24)), reason, Text(one_line(completion.text or "")))
+    if 0 < len(shown) < len(completions):
+        table.add_row(Text("...", style="dim"), "", Text(f"and {len(completions) - len(shown)} more", style="dim"))
+    return table
+
+
+def one_line(text: str, most: int = LONGEST_OUTPUT) -> str:
+    """Put a text into one line of at most so many characters, without what could steer a terminal."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text[: 4 * most]).split())
+    return line if len(line) <= most else line[: most - 1].rstrip() + "…"
 
 
 def summary_facts(summary: Summary) -> list[tuple[str, str]]:
