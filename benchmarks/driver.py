@@ -63,5 +63,5 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
 def shown(value: object) -> str:
     """Write a value of a table for people."""
     if value is None:
-        return "–"
+        return "-"
     return format_number(value) if isinstance(value, float) else str(value)

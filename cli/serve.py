@@ -8,15 +8,7 @@ import rich_click
 from rich.console import Console
 from rich.table import Table
 
-from dejavu.cluster.launcher import (
-    Launch,
-    Terminal,
-    build_launch,
-    check_hostfile,
-    find_mpirun,
-    rank_program,
-    world_rank,
-)
+from dejavu.cluster.launcher import world_rank
 from dejavu.config import ServeConfig, load_config
 from dejavu.topology import Topology, build_topology, required_ranks
 
@@ -57,51 +49,30 @@ def be_rank(config: ServeConfig) -> int:
 
 def show(config: ServeConfig, arguments: list[str]) -> int:
     """Print the rank table and the mpirun line; reads a model's shape, never its weights."""
+    from dejavu.cluster.jobs import plan_launch, show_line
     from dejavu.model.resolve import resolve_model
 
     console = Console()
     topology = build_topology(config, resolve_model(config.model, "dummy").spec, required_ranks(config))
     console.print(rank_table(topology))
-    show_line(console, make_launch(config, arguments, console))
+    show_line(console, plan_launch(required_ranks(config), arguments, console, hostfile=config.hostfile))
     return 0
 
 
 def start(config: ServeConfig, arguments: list[str]) -> int:
     """Check everything that can be, start the job, and see it to its end."""
     from dejavu.cluster.job import prepare
-    from dejavu.cluster.progress import open_display
-    from dejavu.cluster.supervisor import new_job, run_job
-    from dejavu.measure.run_directory import RunDirectory
+    from dejavu.cluster.jobs import start_job
 
     prepare(config)
-    console = Console()
-    make_launch(config, arguments, console)
-    directory = RunDirectory.create(config.name, config.out)
-    launch = make_launch(config, arguments, console, run_dir=directory.path.absolute(), job=new_job())
-    show_line(console, launch)
-    result = run_job(launch, directory, open_display(console, progress=config.progress))
-    if result.error:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {result.error}", err=True)
-    return result.exit_code
-
-
-def make_launch(config: ServeConfig, arguments: list[str], console: Console, **job: Any) -> Launch:
-    """Make the launch of a configuration's ranks for this terminal."""
-    check_hostfile(config.hostfile)
-    return build_launch(
+    return start_job(
         required_ranks(config),
-        rank_program(arguments),
-        mpirun=find_mpirun(os.environ.get("PATH", "")),
-        environment=os.environ,
-        terminal=Terminal(console.width, color=console.is_terminal and not console.no_color),
+        arguments,
+        name=config.name,
+        out=config.out,
         hostfile=config.hostfile,
-        **job,
+        progress=config.progress,
     )
-
-
-def show_line(console: Console, launch: Launch) -> None:
-    """Print the command in one line, however wide, so that it can be copied."""
-    console.print(launch.line, style="dim", soft_wrap=True, highlight=False, markup=False)
 
 
 def rank_table(topology: Topology) -> Table:
