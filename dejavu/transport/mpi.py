@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from dejavu.errors import DeadlineError
 from dejavu.transport.waiting import Doorbell, Patience, new_job_name
 
 CONTROL, TENSOR = 1, 2
@@ -28,7 +29,7 @@ class Channel:
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.deadline_s = deadline_s
-        self.pending: deque[tuple[MPI.Request, object]] = deque()
+        self.pending: deque[tuple[MPI.Request, object]] = deque()  # with the memory that MPI may still use
         self.doorbell = Doorbell(self.comm.bcast(new_job_name()), self.rank)
         self.hosts: list[str] = self.comm.allgather(socket.gethostname())
         self.near = {rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]} - {self.rank}
@@ -77,7 +78,12 @@ class Channel:
     def receive_tensor(self, source: int, out: Tensor) -> Tensor:
         """Wait for the tensor that `source` sent and put it into `out`, contiguous and of the same size."""
         request = self.comm.Irecv([as_bytes(out), MPI.BYTE], source, TENSOR)
-        self.wait(request.Test, f"a tensor of rank {source}")
+        try:
+            self.wait(request.Test, f"a tensor of rank {source}")
+        except DeadlineError:
+            request.Cancel()  # a late message must not be written into memory that is somebody else's by then
+            self.pending.append((request, out))
+            raise
         return out
 
     def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:
