@@ -1,26 +1,31 @@
 // Copies any number of pieces in one launch; both sides may be device, pinned host, or mapped peer memory.
 //
-// One warp copies one part of one piece: `splits` warps share a piece. Every warp reads its own row of the table, so
-// the table may lie in pinned host memory. Each part moves the widest vectors that the two addresses allow: they must
-// lie equally far from a multiple of the vector's size.
+// One warp copies one part of one piece: `splits` warps share a piece. Each part moves the widest vectors that the two
+// addresses allow: they must lie equally far from a multiple of the vector's size. The table may lie in pinned host
+// memory: a block reads the rows of its warps in one transaction.
 
 typedef unsigned long long u64;
+
+constexpr unsigned WARPS = 8;
+constexpr unsigned UNROLL = 4;  // loads in flight per lane
 
 struct __align__(32) Piece {
   u64 source, target, nbytes, unused;
 };
+
+constexpr unsigned ROW_WORDS = sizeof(Piece) / sizeof(u64);
 
 template <typename Vector>
 __device__ void copy_range(u64 target, u64 source, u64 begin, u64 end, unsigned lane) {
   Vector* to = reinterpret_cast<Vector*>(target);
   const Vector* from = reinterpret_cast<const Vector*>(source);
   u64 i = begin + lane;
-  for (; i + 96 < end; i += 128) {  // four loads in flight per lane
-    const Vector a = from[i], b = from[i + 32], c = from[i + 64], d = from[i + 96];
-    to[i] = a;
-    to[i + 32] = b;
-    to[i + 64] = c;
-    to[i + 96] = d;
+  for (; i + 32 * (UNROLL - 1) < end; i += 32 * UNROLL) {
+    Vector held[UNROLL];
+#pragma unroll
+    for (unsigned k = 0; k < UNROLL; k++) held[k] = from[i + 32 * k];
+#pragma unroll
+    for (unsigned k = 0; k < UNROLL; k++) to[i + 32 * k] = held[k];
   }
   for (; i < end; i += 32) to[i] = from[i];
 }
@@ -39,11 +44,20 @@ __device__ void copy_part(const Piece& piece, unsigned part, unsigned splits, un
   copy_range<unsigned char>(piece.target, piece.source, tail, piece.nbytes, lane);
 }
 
-extern "C" __global__ void copy_pieces(const Piece* table, u64 count, unsigned splits) {
-  const u64 warp = (u64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+extern "C" __global__ void copy_pieces(const u64* table, u64 count, unsigned splits) {
+  // The warps of a block work on at most WARPS neighbouring rows, whose words fit one warp's read.
+  __shared__ Piece rows[WARPS];
+  static_assert(WARPS * ROW_WORDS <= 32, "one warp reads all rows of a block at once");
+  const u64 first_row = u64(blockIdx.x) * WARPS / splits;
+  const u64 end_row = (u64(blockIdx.x) * WARPS + WARPS - 1) / splits + 1;
+  const u64 words = ((end_row < count ? end_row : count) - first_row) * ROW_WORDS;
+  if (threadIdx.x < words) reinterpret_cast<u64*>(rows)[threadIdx.x] = table[first_row * ROW_WORDS + threadIdx.x];
+  __syncthreads();
+
+  const u64 warp = u64(blockIdx.x) * WARPS + threadIdx.x / 32;
   const unsigned lane = threadIdx.x % 32;
   if (warp >= count * splits) return;
-  const Piece piece = table[warp / splits];
+  const Piece piece = rows[warp / splits - first_row];
   const unsigned part = warp % splits;
   const u64 skew = piece.source ^ piece.target;
   if (skew % 16 == 0) {

@@ -42,14 +42,27 @@ def open_device(kind: Literal["cpu", "cuda", "auto"] = "auto", index: int = 0) -
 
     DeviceError where "cuda" was asked for by name and cannot be had: says what is missing.
     """
+    assert kind in ("cpu", "cuda", "auto"), kind
     if kind == "cuda" or (kind == "auto" and num_cuda_devices() > 0):
-        from dejavu.device.cuda import open_cuda
-
-        return open_cuda(index)
-    assert kind in ("cpu", "auto"), kind
+        return _open_cuda(index)
     from dejavu.device.cpu import CpuDevice
 
     return CpuDevice()
+
+
+def _open_cuda(index: int) -> Device:
+    from dejavu.device.cuda_driver import missing
+
+    reason = missing()
+    if reason is not None:
+        raise DeviceError(f"device cuda:{index} cannot be used: {reason}")
+    if not 0 <= index < num_cuda_devices():
+        raise DeviceError(
+            f"device cuda:{index} does not exist: this process sees {num_cuda_devices()}, see CUDA_VISIBLE_DEVICES"
+        )
+    from dejavu.device.cuda import CudaDevice
+
+    return CudaDevice(index)
 
 
 def num_cuda_devices() -> int:

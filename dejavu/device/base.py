@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FLAG_BYTES = 4
 IPC_HANDLE_BYTES = 64
 DEFAULT_DEADLINE_S = 60.0
+_ADDRESSES = 1 << 62  # more than any address
 
 
 class DeviceError(DejavuError):
@@ -432,10 +433,11 @@ def check_fits(nbytes: int, free_bytes: int, device: str) -> None:
         raise CapacityError(f"{nbytes} bytes do not fit into the {free_bytes} free bytes of {device}: ask for less")
 
 
-def resolve(target: "Buffer | torch.Tensor | None", source: "Buffer | torch.Tensor | None", pieces: Pieces) -> Pieces:
-    """Check pieces against their memory and give them with addresses; a side that is None has addresses already."""
-    unbounded = 2**63 - 1
-    target_address, target_bytes = (0, unbounded) if target is None else span(target)
-    source_address, source_bytes = (0, unbounded) if source is None else span(source)
+def checked_bases(
+    target: "Buffer | torch.Tensor | None", source: "Buffer | torch.Tensor | None", pieces: Pieces
+) -> tuple[int, int]:
+    """Check pieces against their memory and give what to add to their sources and targets; 0 where that is None."""
+    source_base, source_bytes = (0, _ADDRESSES) if source is None else span(source)
+    target_base, target_bytes = (0, _ADDRESSES) if target is None else span(target)
     pieces.check(source_bytes, target_bytes)
-    return pieces.shifted(source_address, target_address)
+    return source_base, target_base

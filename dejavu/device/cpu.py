@@ -19,7 +19,7 @@ from dejavu.device.base import (
     Memory,
     Stream,
     check_fits,
-    resolve,
+    checked_bases,
     span,
 )
 from dejavu.device.cpu_memory import BorrowedMemory, SharedMemory, create_memory, map_fd, open_handle
@@ -199,7 +199,7 @@ class CpuDevice(Device):
         stream: Stream,
     ) -> None:
         """Queue the pieces as one job."""
-        resolved = resolve(target, source, pieces)
+        resolved = pieces.shifted(*checked_bases(target, source, pieces))
         _submit(stream, lambda: cpu_copy.copy_pieces(resolved), target, source)
 
     def fill(self, target: "Buffer | torch.Tensor", value: int, *, stream: Stream) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from cuda.bindings import driver
 
 from dejavu.device import cuda_memory
 from dejavu.device.base import (
@@ -18,16 +19,26 @@ from dejavu.device.base import (
     DeviceProperties,
     Event,
     Graph,
+    Location,
     Memory,
     Stream,
     check_fits,
-    resolve,
+    checked_bases,
     span,
 )
 from dejavu.device.cpu_memory import BorrowedMemory, create_memory, map_fd
-from dejavu.device.cuda_driver import call, check, count_devices, missing
+from dejavu.device.cuda_driver import call, check, count_devices
 from dejavu.device.cuda_kernels import PackKernel
-from dejavu.device.cuda_stream import CudaGraph, CudaStream, FlagWatch, create_event, open_event, poll, reached
+from dejavu.device.cuda_stream import (
+    AwaitedFlag,
+    CudaGraph,
+    CudaStream,
+    FlagWatch,
+    create_event,
+    open_event,
+    poll,
+    reached,
+)
 from dejavu.device.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -36,23 +47,10 @@ if TYPE_CHECKING:
 _LARGEST_PIECE = 1 << 62
 
 
-def open_cuda(index: int) -> "CudaDevice":
-    """Open device `index`; DeviceError says what is missing."""
-    reason = missing()
-    if reason is not None:
-        raise DeviceError(f"device cuda:{index} cannot be used: {reason}")
-    count = count_devices()
-    if not 0 <= index < count:
-        raise DeviceError(f"device cuda:{index} does not exist: this process sees {count}, see CUDA_VISIBLE_DEVICES")
-    return CudaDevice(index)
-
-
 class CudaDevice(Device):
     """Be one CUDA device, through its primary context."""
 
     def __init__(self, index: int) -> None:
-        from cuda.bindings import driver
-
         # Streams that share a hardware queue with one that waits for a flag would wait too; the default is 8 queues.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         self._device = call(driver.cuDeviceGet, index)
@@ -63,14 +61,12 @@ class CudaDevice(Device):
         # Loading a kernel or making a stream may wait for the whole device: before any stream can wait for a flag.
         self._kernel = PackKernel(self.properties.architecture, self._wait_event)
         self.watch = FlagWatch()
-        self.captured_waits: list[tuple[int, int, float]] | None = None  # of the capture that is under way
+        self.captured_waits: list[AwaitedFlag] | None = None  # of the capture that is under way
         self._streams: weakref.WeakSet[CudaStream] = weakref.WeakSet()
         self._torch_streams: dict[int, CudaStream] = {}
 
     def activate(self) -> None:
         """Make this device's context current in the calling thread."""
-        from cuda.bindings import driver
-
         call(driver.cuCtxSetCurrent, self._context)
 
     @property
@@ -82,8 +78,6 @@ class CudaDevice(Device):
 
     def free_bytes(self) -> int:
         """Ask the driver."""
-        from cuda.bindings import driver
-
         self.activate()
         return int(call(driver.cuMemGetInfo)[0])
 
@@ -93,16 +87,12 @@ class CudaDevice(Device):
 
     def can_access(self, index: int) -> bool:
         """Ask the driver."""
-        from cuda.bindings import driver
-
         if index == self.properties.index:
             return True
         return bool(call(driver.cuDeviceCanAccessPeer, self._device, call(driver.cuDeviceGet, index)))
 
     def enable_peer(self, index: int) -> None:
         """Enable peer access in this context; twice is once."""
-        from cuda.bindings import driver
-
         if index == self.properties.index:
             return
         if not self.can_access(index):
@@ -117,8 +107,6 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         """Wait for each stream in turn, so that a hanging flag wait meets its deadline, then for torch's work."""
-        from cuda.bindings import driver
-
         self.activate()
         for stream in list(self._streams):
             stream.synchronize()
@@ -131,8 +119,6 @@ class CudaDevice(Device):
 
     def close(self) -> None:
         """Close streams and tables, and give the context back."""
-        from cuda.bindings import driver
-
         if self._context is None:
             return
         self.activate()
@@ -152,8 +138,6 @@ class CudaDevice(Device):
 
     def create_stream(self, name: str = "stream") -> Stream:
         """Make a stream that does not wait for the default one."""
-        from cuda.bindings import driver
-
         self.activate()
         handle = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         stream = CudaStream(self, int(handle), name, owner=True)
@@ -236,8 +220,6 @@ class CudaDevice(Device):
 
     def copy(self, target: "Buffer | torch.Tensor", source: "Buffer | torch.Tensor", *, stream: Stream) -> None:
         """Queue one copy; unified addresses tell the driver its direction."""
-        from cuda.bindings import driver
-
         (to, to_bytes), (start, nbytes) = span(target), span(source)
         assert to_bytes == nbytes, f"a copy of {nbytes} bytes into {to_bytes}"
         self.activate()
@@ -255,8 +237,6 @@ class CudaDevice(Device):
         stream: Stream,
     ) -> None:
         """Queue one strided copy."""
-        from cuda.bindings import driver
-
         (to, to_bytes), (start, nbytes) = span(target), span(source)
         assert (height - 1) * target_pitch + width <= to_bytes
         assert (height - 1) * source_pitch + width <= nbytes
@@ -277,10 +257,11 @@ class CudaDevice(Device):
         stream: Stream,
     ) -> None:
         """Queue one cuMemcpyBatchAsync."""
-        resolved = resolve(target, source, pieces).split(_LARGEST_PIECE)
-        if len(resolved) > 0:
+        bases = checked_bases(target, source, pieces)
+        filled = pieces.split(_LARGEST_PIECE)
+        if len(filled) > 0:
             self.activate()
-            self._batch(resolved, stream.handle)
+            self._batch(filled.shifted(*bases), stream.handle)
 
     def pack(
         self,
@@ -291,23 +272,18 @@ class CudaDevice(Device):
         stream: Stream,
     ) -> None:
         """Queue one kernel."""
-        resolved = resolve(target, source, pieces)
-        if len(resolved) > 0:
-            self.activate()
-            self._kernel.launch(resolved, stream.handle)
+        source_base, target_base = checked_bases(target, source, pieces)
+        self.activate()
+        self._kernel.launch(pieces, source_base, target_base, stream.handle)
 
     def fill(self, target: "Buffer | torch.Tensor", value: int, *, stream: Stream) -> None:
         """Queue a memset."""
-        from cuda.bindings import driver
-
         to, nbytes = span(target)
         self.activate()
         call(driver.cuMemsetD8Async, to, value, nbytes, stream.handle)
 
     def write_flag(self, flag: "Buffer | torch.Tensor", value: int, *, stream: Stream) -> None:
         """Queue cuStreamWriteValue32, behind whose fence all earlier work is visible."""
-        from cuda.bindings import driver
-
         self.activate()
         call(driver.cuStreamWriteValue32, stream.handle, span(flag)[0], value & 0xFFFFFFFF, 0)
 
@@ -320,16 +296,14 @@ class CudaDevice(Device):
         deadline_s: float = DEFAULT_DEADLINE_S,
     ) -> None:
         """Queue cuStreamWaitValue32 and have the watch look after it."""
-        from cuda.bindings import driver
-
         assert isinstance(stream, CudaStream)
-        address, value = span(flag)[0], value & 0xFFFFFFFF
+        awaited = AwaitedFlag(span(flag)[0], value & 0xFFFFFFFF, _on_host(flag), deadline_s)
         self.activate()
-        call(driver.cuStreamWaitValue32, stream.handle, address, value, 0)  # 0: at least, in cyclic order
+        call(driver.cuStreamWaitValue32, stream.handle, awaited.address, awaited.value, 0)  # 0: at least, cyclic
         if self.captured_waits is not None:
-            self.captured_waits.append((address, value, deadline_s))
+            self.captured_waits.append(awaited)
         else:
-            self.watch.add(stream, address, value, deadline_s)
+            self.watch.add(stream, awaited)
 
     def _wait_event(self, event: Any) -> None:
         def settled() -> bool:
@@ -341,15 +315,11 @@ class CudaDevice(Device):
     @cached_property
     def _batch_function(self) -> Any:
         # Called through ctypes: the binding wants a list of objects per address, which costs more than the copies.
-        from cuda.bindings import driver
-
         address, _ = call(driver.cuGetProcAddress, b"cuMemcpyBatchAsync", 13000, 0)
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
         return ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer, pointer, size, pointer, pointer, size, pointer)(address)
 
     def _batch(self, pieces: Pieces, stream: int) -> None:
-        from cuda.bindings import driver
-
         attributes = driver.CUmemcpyAttributes()
         attributes.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         first = np.zeros(1, dtype=np.uint64)
@@ -360,8 +330,6 @@ class CudaDevice(Device):
 
 
 def _properties(device: Any, index: int) -> DeviceProperties:
-    from cuda.bindings import driver
-
     attributes = driver.CUdevice_attribute
     major, minor, multiprocessors = (
         int(call(driver.cuDeviceGetAttribute, attribute, device))
@@ -380,6 +348,12 @@ def _properties(device: Any, index: int) -> DeviceProperties:
         architecture=f"sm_{major}{minor}",
         bus_id=_text(call(driver.cuDeviceGetPCIBusId, 64, device)),
     )
+
+
+def _on_host(place: "Buffer | torch.Tensor") -> bool:
+    if isinstance(place, Buffer):
+        return place.location is Location.HOST
+    return place.device.type == "cpu"
 
 
 def _text(name: bytes) -> str:

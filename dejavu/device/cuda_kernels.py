@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from cuda import bindings
+from cuda.bindings import driver
 
 from dejavu.assets import cache_dir, data_path
 from dejavu.device.base import DeviceError
@@ -25,14 +27,12 @@ _PART_BYTES = 4096  # what one warp copies: two rounds of its loads
 _PIECE_BYTES = 32 * 1024  # longer pieces become several rows, so that no warp works long
 _RING_BYTES = 32 << 20
 _ROWS_PER_LAUNCH = _RING_BYTES // _ROW_BYTES // 4
-# Rows that a warp reads over the bus cost little while there are few; more are first copied to the device.
-_UPLOAD_ROWS = 4096
+# Reading the table over the bus costs little while few warps do; for more it is first copied to the device.
+_UPLOAD_WARPS = 8192
 
 
 def load_kernel(name: str, function: str, architecture: str) -> int:
     """Give a kernel of `kernels/<name>.cu` in the current context; compiles it unless the cache holds it."""
-    from cuda.bindings import driver
-
     source = data_path("kernels", f"{name}.cu").read_text()
     path = cache_dir() / "kernels" / f"{name}-{_key(source, architecture)}.cubin"
     if not path.exists():
@@ -42,11 +42,7 @@ def load_kernel(name: str, function: str, architecture: str) -> int:
 
 
 def _key(source: str, architecture: str) -> str:
-    import cuda.core
-    from cuda.bindings import nvrtc
-
-    _, major, minor = nvrtc.nvrtcVersion()
-    parts = (source, architecture, cuda.core.__version__, f"{major}.{minor}")
+    parts = (source, architecture, bindings.__version__)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -85,13 +81,15 @@ class TableRing:
         self._idle_events: list[Any] = []
         self._begin = self._end = 0  # bytes taken since the start; [begin, end) is in flight
 
-    def write(self, pieces: Pieces) -> int:
-        """Copy a table into the ring and give its offset."""
+    def write(self, pieces: Pieces, source_base: int, target_base: int) -> int:
+        """Write a table with addresses into the ring and give its offset."""
         nbytes = len(pieces) * _ROW_BYTES
         self._reserve(nbytes)
         offset = self._end % _RING_BYTES
         rows = self._rows[offset // _ROW_BYTES :][: len(pieces)]
-        rows[:, 0], rows[:, 1], rows[:, 2] = pieces.source, pieces.target, pieces.nbytes
+        np.add(pieces.source, source_base, out=rows[:, 0])
+        np.add(pieces.target, target_base, out=rows[:, 1])
+        rows[:, 2] = pieces.nbytes
         self._end += nbytes
         return offset
 
@@ -101,25 +99,18 @@ class TableRing:
 
     def upload(self, offset: int, nbytes: int, stream: int) -> int:
         """Queue the table's copy to the device and give where it will lie."""
-        from cuda.bindings import driver
-
         target = self._device.address + offset
         call(driver.cuMemcpyHtoDAsync, target, self._host.address + offset, nbytes, stream)
         return target
 
     def retire(self, stream: int) -> None:
         """Mark what was written last as free once the stream has passed this point."""
-        from cuda.bindings import driver
-
-        flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-        event = self._idle_events.pop() if self._idle_events else call(driver.cuEventCreate, flags)
+        event = self._idle_events.pop() if self._idle_events else _new_event()
         call(driver.cuEventRecord, event, stream)
         self._in_flight.append((self._end, event))
 
     def close(self) -> None:
         """Free the memory; the device is idle."""
-        from cuda.bindings import driver
-
         for event in self._idle_events + [event for _, event in self._in_flight]:
             call(driver.cuEventDestroy, event)
         self._in_flight.clear()
@@ -138,6 +129,10 @@ class TableRing:
             self._begin = end
 
 
+def _new_event() -> Any:
+    return call(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+
+
 class PackKernel:
     """Launch `copy_pieces`; callable from any thread."""
 
@@ -145,34 +140,34 @@ class PackKernel:
         self._function = load_kernel("pack", "copy_pieces", architecture)
         self._ring = TableRing(passed)
         self._lock = threading.Lock()
-        self.upload_rows = _UPLOAD_ROWS
+        # What the launch reads: table, count, splits, each in a word of its own; copied when it is queued.
+        self._arguments = (ctypes.c_uint64 * 3)()
+        start, word = ctypes.addressof(self._arguments), ctypes.sizeof(ctypes.c_uint64)
+        self._pointers = (ctypes.c_void_p * 3)(start, start + word, start + 2 * word)
 
-    def launch(self, pieces: Pieces, stream: int) -> None:
-        """Copy pieces given by address."""
+    def launch(self, pieces: Pieces, source_base: int, target_base: int, stream: int) -> None:
+        """Copy pieces, whose offsets count from the two addresses."""
         rows = pieces.split(_PIECE_BYTES)
         with self._lock:
             for first in range(0, len(rows), _ROWS_PER_LAUNCH):
-                part = slice(first, first + _ROWS_PER_LAUNCH)
-                self._launch(Pieces(rows.source[part], rows.target[part], rows.nbytes[part]), stream)
+                self._launch(rows.part(first, first + _ROWS_PER_LAUNCH), source_base, target_base, stream)
 
     def close(self) -> None:
         """Free the tables."""
         self._ring.close()
 
-    def _launch(self, rows: Pieces, stream: int) -> None:
-        offset = self._ring.write(rows)
-        if len(rows) >= self.upload_rows:
+    def _launch(self, rows: Pieces, source_base: int, target_base: int, stream: int) -> None:
+        offset = self._ring.write(rows, source_base, target_base)
+        splits = -(-rows.total_bytes // (len(rows) * _PART_BYTES))
+        warps = len(rows) * splits
+        if warps >= _UPLOAD_WARPS:
             table = self._ring.upload(offset, len(rows) * _ROW_BYTES, stream)
         else:
             table = self._ring.host_address(offset)
-        splits = max(1, -(-rows.total_bytes // (len(rows) * _PART_BYTES)))
-        self._start(table, len(rows), splits, stream)
+        self._start(table, len(rows), splits, -(-warps // _WARPS), stream)
         self._ring.retire(stream)
 
-    def _start(self, table: int, count: int, splits: int, stream: int) -> None:
-        from cuda.bindings import driver
-
-        blocks = -(-count * splits // _WARPS)
-        values = (table, count, splits)
-        types = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32)
-        call(driver.cuLaunchKernel, self._function, blocks, 1, 1, _THREADS, 1, 1, 0, stream, (values, types), 0)
+    def _start(self, table: int, count: int, splits: int, blocks: int, stream: int) -> None:
+        self._arguments[:] = [table, count, splits]
+        pointers = ctypes.addressof(self._pointers)
+        call(driver.cuLaunchKernel, self._function, blocks, 1, 1, _THREADS, 1, 1, 0, stream, pointers, 0)

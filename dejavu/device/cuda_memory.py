@@ -7,6 +7,8 @@ import ctypes
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from cuda.bindings import driver
+
 from dejavu.device.base import IPC_HANDLE_BYTES, DeviceError, Location, Memory
 from dejavu.device.cpu_memory import BorrowedMemory, SharedMemory
 from dejavu.device.cuda_driver import call
@@ -44,7 +46,6 @@ class CudaMemory(Memory):
     def tensor(self, address: int, nbytes: int) -> "torch.Tensor":
         """Give a tensor on the device where the memory lies."""
         import torch
-        from cuda.bindings import driver
 
         assert self._open, "the memory was closed"
         # Imported memory may lie on another device than this one; torch copies where it is told the wrong one.
@@ -80,20 +81,14 @@ class PlainMemory(CudaMemory):
     __slots__ = ()
 
     def __init__(self, nbytes: int) -> None:
-        from cuda.bindings import driver
-
         super().__init__(int(call(driver.cuMemAlloc, nbytes)), nbytes, Location.DEVICE)
 
     def ipc_handle(self) -> bytes:
         """Give the driver's handle."""
-        from cuda.bindings import driver
-
         handle = call(driver.cuIpcGetMemHandle, self.address)
         return ctypes.string_at(int(handle.getPtr()), IPC_HANDLE_BYTES)
 
     def _release(self) -> None:
-        from cuda.bindings import driver
-
         call(driver.cuMemFree, self.address)
 
 
@@ -103,8 +98,6 @@ class OpenedMemory(CudaMemory):
     __slots__ = ()
 
     def __init__(self, handle: bytes, nbytes: int) -> None:
-        from cuda.bindings import driver
-
         assert len(handle) == IPC_HANDLE_BYTES
         opaque = driver.CUipcMemHandle()
         ctypes.memmove(int(opaque.getPtr()), handle, IPC_HANDLE_BYTES)
@@ -112,8 +105,6 @@ class OpenedMemory(CudaMemory):
         super().__init__(int(call(driver.cuIpcOpenMemHandle, opaque, flags.value)), nbytes, Location.DEVICE)
 
     def _release(self) -> None:
-        from cuda.bindings import driver
-
         call(driver.cuIpcCloseMemHandle, self.address)
 
 
@@ -130,14 +121,10 @@ class ExportableMemory(CudaMemory):
 
     def export_fd(self) -> int:
         """Export a new descriptor."""
-        from cuda.bindings import driver
-
         kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         return int(call(driver.cuMemExportToShareableHandle, self._handle, kind, 0))
 
     def _release(self) -> None:
-        from cuda.bindings import driver
-
         call(driver.cuMemUnmap, self.address, self._mapped_bytes)
         call(driver.cuMemAddressFree, self.address, self._mapped_bytes)
         call(driver.cuMemRelease, self._handle)
@@ -145,16 +132,12 @@ class ExportableMemory(CudaMemory):
 
 def create_exportable(nbytes: int, device: int) -> ExportableMemory:
     """Make physical memory on `device` that can be exported, and map it."""
-    from cuda.bindings import driver
-
     properties, mapped_bytes = _exportable(nbytes, device)
     return ExportableMemory(call(driver.cuMemCreate, mapped_bytes, properties, 0), nbytes, mapped_bytes, device)
 
 
 def import_exportable(fd: int, nbytes: int, device: int) -> ExportableMemory:
     """Map what a descriptor refers to, for `device`; the memory may lie on another one."""
-    from cuda.bindings import driver
-
     _, mapped_bytes = _exportable(nbytes, device)
     kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
     return ExportableMemory(call(driver.cuMemImportFromShareableHandle, fd, kind), nbytes, mapped_bytes, device)
@@ -162,8 +145,6 @@ def import_exportable(fd: int, nbytes: int, device: int) -> ExportableMemory:
 
 def _exportable(nbytes: int, device: int) -> tuple[Any, int]:
     """Give the properties of exportable memory, and `nbytes` rounded up to what can be mapped."""
-    from cuda.bindings import driver
-
     properties = driver.CUmemAllocationProp()
     properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -176,8 +157,6 @@ def _exportable(nbytes: int, device: int) -> tuple[Any, int]:
 
 def _map(handle: Any, mapped_bytes: int, device: int) -> int:
     """Give the address at which `device` may read and write the allocation; undoes what it did where a step fails."""
-    from cuda.bindings import driver
-
     address, mapped = 0, False
     try:
         address = int(call(driver.cuMemAddressReserve, mapped_bytes, 0, 0, 0))
@@ -195,8 +174,6 @@ def _map(handle: Any, mapped_bytes: int, device: int) -> int:
 
 
 def _access(device: int) -> Any:
-    from cuda.bindings import driver
-
     access = driver.CUmemAccessDesc()
     access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     access.location.id = device
@@ -210,8 +187,6 @@ class PinnedMemory(CudaMemory):
     __slots__ = ()
 
     def __init__(self, nbytes: int) -> None:
-        from cuda.bindings import driver
-
         super().__init__(
             int(call(driver.cuMemHostAlloc, nbytes, driver.CU_MEMHOSTALLOC_PORTABLE)), nbytes, Location.HOST
         )
@@ -224,8 +199,6 @@ class PinnedMemory(CudaMemory):
         return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
 
     def _release(self) -> None:
-        from cuda.bindings import driver
-
         call(driver.cuMemFreeHost, self.address)
 
 
@@ -235,8 +208,6 @@ class RegisteredMemory(CudaMemory):
     __slots__ = ("_inner",)
 
     def __init__(self, inner: SharedMemory | BorrowedMemory) -> None:
-        from cuda.bindings import driver
-
         self._inner = inner
         try:
             call(driver.cuMemHostRegister, inner.address, inner.nbytes, driver.CU_MEMHOSTREGISTER_PORTABLE)
@@ -257,7 +228,5 @@ class RegisteredMemory(CudaMemory):
         return self._inner.export_fd()
 
     def _release(self) -> None:
-        from cuda.bindings import driver
-
         call(driver.cuMemHostUnregister, self.address)
         self._inner.close()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cuda.bindings import driver
+
 from dejavu.device.base import IPC_HANDLE_BYTES, DeviceError, Event, Graph, Stream
 from dejavu.device.cuda_driver import call, check
 from dejavu.errors import DeadlineError
@@ -22,8 +24,6 @@ _FIRST_SLEEP_S, _LONGEST_SLEEP_S = 2e-5, 1e-3
 
 def reached(event: Any) -> bool:
     """Say whether a driver event has been reached."""
-    from cuda.bindings import driver
-
     code = driver.cuEventQuery(event)[0]
     if code == driver.CUresult.CUDA_ERROR_NOT_READY:
         return False
@@ -45,13 +45,21 @@ def poll(done: Callable[[], bool], deadline_s: float | None, what: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class AwaitedFlag:
+    """Name a flag and the value that it must reach."""
+
+    address: int
+    value: int
+    on_host: bool
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class FlagWait:
     """Hold one wait that a stream has queued, and the event right behind it."""
 
     stream: "CudaStream"
-    address: int
-    value: int
-    deadline_s: float
+    flag: AwaitedFlag
     end_s: float
     event: Any
 
@@ -65,19 +73,17 @@ class FlagWatch:
 
     def __init__(self) -> None:
         self._waits: list[FlagWait] = []
+        self._idle: list[Any] = []  # events to use again
         self._lock = threading.Lock()
         self._rescue = _urgent_stream()  # hangs behind nobody
 
-    def add(self, stream: "CudaStream", address: int, value: int, deadline_s: float) -> None:
+    def add(self, stream: "CudaStream", flag: AwaitedFlag) -> None:
         """Note a wait that was just queued."""
-        from cuda.bindings import driver
-
-        event = call(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
-        call(driver.cuEventRecord, event, stream.handle)
-        wait = FlagWait(stream, address, value, deadline_s, time.monotonic() + deadline_s, event)
         with self._lock:
             self._forget_reached()
-            self._waits.append(wait)
+            event = self._idle.pop() if self._idle else _new_event()
+            call(driver.cuEventRecord, event, stream.handle)
+            self._waits.append(FlagWait(stream, flag, time.monotonic() + flag.deadline_s, event))
 
     def in_flight(self) -> bool:
         """Say whether any wait may still hold a stream."""
@@ -98,44 +104,47 @@ class FlagWatch:
         for wait in late:
             wait.stream.cancel(
                 DeadlineError(
-                    f"a flag did not become {wait.value} within {wait.deadline_s} s: "
+                    f"a flag did not become {wait.flag.value} within {wait.flag.deadline_s} s: "
                     "the peer that writes it has stopped or is slower than the deadline"
                 )
             )
 
     def release(self, stream: "CudaStream") -> None:
         """Let a stream out of all its flag waits."""
-        from cuda.bindings import driver
-
         with self._lock:
             for wait in self._waits:
                 if wait.stream is stream:
-                    call(driver.cuStreamWriteValue32, self._rescue, wait.address, wait.value, 0)
+                    self._write(wait.flag)
 
     def close(self) -> None:
         """Give the events back; no wait is in flight."""
-        from cuda.bindings import driver
-
-        for wait in self._waits:
-            call(driver.cuEventDestroy, wait.event)
+        for event in self._idle + [wait.event for wait in self._waits]:
+            call(driver.cuEventDestroy, event)
         self._waits.clear()
+        self._idle.clear()
         call(driver.cuStreamDestroy, self._rescue)
 
-    def _forget_reached(self) -> None:
-        from cuda.bindings import driver
+    def _write(self, flag: AwaitedFlag) -> None:
+        if flag.on_host:  # needs nothing of a driver that may be blocked behind a full queue
+            ctypes.c_uint32.from_address(flag.address).value = flag.value
+        else:
+            call(driver.cuStreamWriteValue32, self._rescue, flag.address, flag.value, 0)
 
+    def _forget_reached(self) -> None:
         kept = []
         for wait in self._waits:
             if reached(wait.event):
-                call(driver.cuEventDestroy, wait.event)
+                self._idle.append(wait.event)
             else:
                 kept.append(wait)
         self._waits = kept
 
 
-def _urgent_stream() -> Any:
-    from cuda.bindings import driver
+def _new_event() -> Any:
+    return call(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
 
+
+def _urgent_stream() -> Any:
     _, highest = call(driver.cuCtxGetStreamPriorityRange)
     return call(driver.cuStreamCreateWithPriority, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, highest)
 
@@ -175,8 +184,6 @@ class CudaStream(Stream):
 
     def synchronize(self, deadline_s: float | None = None) -> None:
         """Block until all work is done."""
-        from cuda.bindings import driver
-
         if deadline_s is None and not self.device.watch.in_flight():
             call(driver.cuStreamSynchronize, self._handle)
         else:
@@ -193,8 +200,6 @@ class CudaStream(Stream):
 
     def close(self) -> None:
         """Finish the work, and destroy the stream."""
-        from cuda.bindings import driver
-
         if not self._owner:
             return
         self._owner = False
@@ -208,8 +213,6 @@ class CudaStream(Stream):
         return self._idle()
 
     def _idle(self) -> bool:
-        from cuda.bindings import driver
-
         code = driver.cuStreamQuery(self._handle)[0]
         if code == driver.CUresult.CUDA_ERROR_NOT_READY:
             return False
@@ -229,16 +232,12 @@ class CudaEvent(Event):
 
     def record(self, stream: Stream) -> None:
         """Record on the stream."""
-        from cuda.bindings import driver
-
         assert isinstance(stream, CudaStream)
         self._stream = stream
         call(driver.cuEventRecord, self._handle, stream.handle)
 
     def wait(self, stream: Stream) -> None:
         """Make the stream wait on the device."""
-        from cuda.bindings import driver
-
         assert isinstance(stream, CudaStream)
         if self._stream is not None and self._stream is not stream:
             stream.sources.add(self._stream)
@@ -254,8 +253,6 @@ class CudaEvent(Event):
 
     def synchronize(self, deadline_s: float | None = None) -> None:
         """Block until the mark is reached."""
-        from cuda.bindings import driver
-
         if deadline_s is None and not self._device.watch.in_flight():
             call(driver.cuEventSynchronize, self._handle)
         else:
@@ -265,22 +262,16 @@ class CudaEvent(Event):
 
     def elapsed_ms(self, start: Event) -> float:
         """Ask the driver; half a microsecond is its resolution."""
-        from cuda.bindings import driver
-
         assert isinstance(start, CudaEvent)
         return float(call(driver.cuEventElapsedTime, start._handle, self._handle))
 
     def ipc_handle(self) -> bytes:
         """Give the driver's handle."""
-        from cuda.bindings import driver
-
         handle = call(driver.cuIpcGetEventHandle, self._handle)
         return ctypes.string_at(int(handle.getPtr()), IPC_HANDLE_BYTES)
 
     def close(self) -> None:
         """Destroy the event."""
-        from cuda.bindings import driver
-
         if self._handle is not None:
             call(driver.cuEventDestroy, self._handle)
             self._handle = None
@@ -292,8 +283,6 @@ class CudaEvent(Event):
 
 def create_event(device: "CudaDevice", *, timing: bool, interprocess: bool) -> CudaEvent:
     """Make an event."""
-    from cuda.bindings import driver
-
     kinds = driver.CUevent_flags
     flags = kinds.CU_EVENT_DEFAULT.value if timing else kinds.CU_EVENT_DISABLE_TIMING.value
     if interprocess:
@@ -303,8 +292,6 @@ def create_event(device: "CudaDevice", *, timing: bool, interprocess: bool) -> C
 
 def open_event(device: "CudaDevice", handle: bytes) -> CudaEvent:
     """Open another process's event."""
-    from cuda.bindings import driver
-
     assert len(handle) == IPC_HANDLE_BYTES
     opaque = driver.CUipcEventHandle()
     ctypes.memmove(int(opaque.getPtr()), handle, IPC_HANDLE_BYTES)
@@ -323,7 +310,7 @@ class CudaGraph(Graph):
         if stream.handle == 0:
             raise DeviceError("the default stream cannot be captured: capture on a stream of create_stream")
         self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
-        self._waits: list[tuple[int, int, float]] = []
+        self._waits: list[AwaitedFlag] = []
         stream.device.captured_waits = self._waits
         try:
             with torch.cuda.graph(self._graph, stream=external(stream), capture_error_mode="thread_local"):
@@ -339,8 +326,8 @@ class CudaGraph(Graph):
         assert isinstance(stream, CudaStream)
         with torch.cuda.stream(external(stream)):
             self._graph.replay()
-        for address, value, deadline_s in self._waits:
-            stream.device.watch.add(stream, address, value, deadline_s)
+        for flag in self._waits:
+            stream.device.watch.add(stream, flag)
 
     def close(self) -> None:
         """Free the graph and the memory that torch keeps for it."""

@@ -47,13 +47,19 @@ class Pieces:
             return None
         return int(self.nbytes[0])
 
+    def part(self, first: int, end: int) -> "Pieces":
+        """Give the pieces from `first` to before `end`."""
+        if first == 0 and end >= len(self):
+            return self
+        return Pieces(self.source[first:end], self.target[first:end], self.nbytes[first:end])
+
     def shifted(self, source: int, target: int) -> "Pieces":
         """Give the list with both sides counted from further back: addresses, from offsets and base addresses."""
         return Pieces(self.source + source, self.target + target, self.nbytes)
 
     def split(self, limit: int) -> "Pieces":
         """Give the same bytes as pieces of at most `limit` bytes each, without the empty ones."""
-        if len(self) == 0 or (int(self.nbytes.max()) <= limit and int(self.nbytes.min()) > 0):
+        if np.bitwise_or.reduce((self.nbytes - 1) | (limit - self.nbytes)) >= 0:  # no sign: all from 1 to limit
             return self
         parts = -(-self.nbytes // limit)
         piece = np.repeat(np.arange(len(self)), parts)
@@ -63,10 +69,13 @@ class Pieces:
 
     def check(self, source_bytes: int, target_bytes: int) -> None:
         """Raise TransferError where a piece leaves its memory: the lists may come from another rank."""
-        if len(self) == 0:
-            return
-        _check_side("source", self.source, self.nbytes, source_bytes)
-        _check_side("target", self.target, self.nbytes, target_bytes)
+        # A set sign bit anywhere is a fault, and no difference below overflows where the operands are not negative.
+        source_room, target_room = source_bytes - self.nbytes, target_bytes - self.nbytes
+        signs = self.nbytes | self.source | self.target | source_room | target_room
+        signs |= (source_room - self.source) | (target_room - self.target)
+        if np.bitwise_or.reduce(signs) < 0:
+            _raise_outside("source", self.source, self.nbytes, source_bytes)
+            _raise_outside("target", self.target, self.nbytes, target_bytes)
 
 
 def make_pieces(source: ArrayLike, target: ArrayLike, nbytes: ArrayLike) -> Pieces:
@@ -83,7 +92,7 @@ def pieces_from(triples: Iterable[tuple[int, int, int]]) -> Pieces:
     return make_pieces(table[:, 0], table[:, 1], table[:, 2])
 
 
-def _check_side(side: str, offsets: Offsets, nbytes: Offsets, limit: int) -> None:
+def _raise_outside(side: str, offsets: Offsets, nbytes: Offsets, limit: int) -> None:
     wrong = (offsets < 0) | (nbytes < 0) | (nbytes > limit - offsets)
     if not wrong.any():
         return
