@@ -138,8 +138,9 @@ class Controller:
 
     def poll(self) -> list[tuple[TokenEvent, Completion]]:
         """Do all that can be done now, without waiting; give the tokens that have come."""
-        self.take_inbox()
-        events = self.take_cancels()
+        cancelled_ids = self.cancelled_ids()
+        self.take_inbox()  # only now: whoever cancels a request has submitted it before
+        events = self.take_cancels(cancelled_ids)
         while item := self.channel.poll():
             rank, message = item
             match message:
@@ -218,11 +219,15 @@ class Controller:
         self.counts.done += 1
         return rest
 
-    def take_cancels(self) -> list[tuple[TokenEvent, Completion]]:
-        """End the requests that were to be cancelled, wherever they are."""
+    def cancelled_ids(self) -> set[str]:
+        """Give the requests that were to be cancelled since the last look."""
         ids = set()
         while not self.inbox.cancels.empty():
             ids.add(self.inbox.cancels.get())
+        return ids
+
+    def take_cancels(self, ids: set[str]) -> list[tuple[TokenEvent, Completion]]:
+        """End some requests, wherever they are."""
         if not ids:
             return []
         now_s = self.clock.now_s()
