@@ -47,7 +47,13 @@ class Case:
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="Threads; 0 takes all cores.")
 @click.option("--pp", default=1, show_default=True, type=click.IntRange(1), help="Pipeline stages of the engine.")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(1), help="Tensor ranks of the engine.")
-@click.option("--peer", type=click.Choice(["transformers", "none"]), default="none", show_default=True)
+@click.option(
+    "--peer",
+    type=click.Choice(["transformers", "none"]),
+    default="none",
+    show_default=True,
+    help="Who to compare with.",
+)
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Turns of each side.")
 @click.option("--out", help="The run directory.")
 @click.pass_context
