@@ -146,7 +146,7 @@ class StageModel:
         """
         positions = torch.tensor(batch.positions, device=self.device)
         if self._embedding is not None:
-            hidden = self._embedding(batch.token_ids, positions)
+            hidden = self._embedding(batch.token_ids.to(self.device), positions)
         assert hidden is not None, "every stage but the first needs hidden states"
         rotation = None if self._frequencies is None else Rotation(positions, self._frequencies, self.dtype)
         attention = self.attention.plan(batch, pool)
