@@ -53,7 +53,7 @@ def test_shards_cover_every_layer_element_once(name, pp, tp):
                 covered[piece.name] += prod(stop - start for start, stop in piece.window)
     whole = stage_parameters(spec, Shard(0, spec.num_layers, spec.num_layers))
     layers = [parameter for parameter in whole if parameter.name.startswith("layers.")]
-    assert len(layers) >= 9 * spec.num_layers
+    assert len(layers) >= 6 * spec.num_layers
     for parameter in layers:
         copies = tp if "norm" in parameter.name else 1
         for piece in parameter.pieces:
