@@ -1,0 +1,45 @@
+"""The carriers that the conformance suite holds to one behaviour: how each is started and made.
+
+To add one, write `make(setting) -> Carrier` and a line in CARRIERS. A `store` is made in the test's own process; a
+`plain` link in two processes that only have `setting.exchange`; an `mpirun` link in two ranks, where `make` may import
+mpi4py. `make` is called at the same time on both ranks, once for each gathering.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dejavu.device import Device
+from dejavu.transport.carrier import Carrier, Gathering
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Be what a carrier is made with. `exchange` gives every rank's bytes to every rank, as an allgather does."""
+
+    device: Device
+    gathering: Gathering
+    rank: int
+    size: int
+    directory: Path  # private and empty, one for each carrier and rank
+    exchange: Callable[[bytes], list[bytes]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    start: Literal["store", "plain", "mpirun"]
+    make: Callable[[Setting], Carrier]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    min_gpus: int = 1
+
+
+def make_local(setting):
+    from dejavu.transport.local import LocalStore
+
+    return LocalStore(setting.device, 300 << 20, rank=setting.rank, gathering=setting.gathering)
+
+
+CARRIERS = {
+    "local": Kind("store", make_local),
+}
