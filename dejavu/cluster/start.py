@@ -61,7 +61,7 @@ def serve(channel: Channel, config: ServeConfig) -> int:
         channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream
     )
     summary = write_results(directory, job, completions, outcome)
-    show(completions, summary, directory)
+    show(completions if config.workload else [], summary, directory)  # what follows random prompts says nothing
     directory.write_result("ok", 0)
     return 0
 
@@ -156,7 +156,7 @@ def write_results(directory: RunDirectory, job: Job, completions: list[Completio
 
 
 def show(completions: list[Completion], summary: Summary, directory: RunDirectory) -> None:
-    """Print the first texts, the summary, and where the results are."""
+    """Print the first of these texts, the summary, and where the results are."""
     from rich.console import Console
 
     from dejavu.measure.render import render_outputs, render_summary
