@@ -123,9 +123,14 @@ class Pipeline:
     def next_s(self) -> float:
         """Give the time of the next event, or infinity."""
         start_s = self.start_s
-        if self.under_way and self.under_way[0].ready_s <= start_s:
-            return self.under_way[0].ready_s
+        if self.under_way and self.under_way[0].ready_s <= start_s + SAME_S:
+            return min(self.under_way[0].ready_s, start_s)
         return start_s
+
+    @property
+    def next_is_return(self) -> bool:
+        """Tell whether the next event is the end of a pass."""
+        return bool(self.under_way) and self.under_way[0].ready_s <= self.start_s + SAME_S
 
     @property
     def start_s(self) -> float:
@@ -147,9 +152,12 @@ class Pipeline:
         """
         while True:
             if self.under_way and not self.line and not self.staged:
+                before = self.num_passes
                 self.run_steps(until_s)
+                if self.num_passes > before and self.next_s >= until_s:
+                    return
             start_s = self.start_s
-            if self.under_way and self.under_way[0].ready_s <= start_s:
+            if self.under_way and self.under_way[0].ready_s <= start_s + SAME_S:
                 self.finish_pass(self.under_way.popleft())
                 if self.done:
                     return
@@ -172,7 +180,7 @@ class Pipeline:
             if microbatch.prompting or microbatch.pending or start_s >= until_s:
                 return
             step = microbatch.steps + 1
-            if active[0].last_step == step:
+            if active[0].last_step == step or under_way[1].ready_s <= start_s + SAME_S:
                 return
             microbatch.steps = step
             microbatch.passes += 1
@@ -205,7 +213,7 @@ class Pipeline:
             chosen = self.line.popleft()
         else:
             count = len(self.microbatches)
-            ready = (m for m in self.line if m.ready_s <= start_s)
+            ready = (m for m in self.line if m.ready_s <= start_s + SAME_S)
             chosen = min(ready, key=lambda m: (m.index - self.next_index) % count)
             self.line.remove(chosen)
         self.next_index = chosen.index + 1
@@ -428,12 +436,7 @@ def steady_turn_s(pipeline: Pipeline, microbatch: Microbatch, start_s: float) ->
     through_s = setup.stages * step_s + (setup.stages - 1) * setup.hop_s
     full_turn_s = (1 + len(line) + len(pipeline.under_way)) * step_s
     if full_turn_s > through_s - SAME_S:
-        due_s = start_s + len(line) * step_s + SAME_S
-        for other in pipeline.under_way:
-            due_s += step_s
-            if other.ready_s > due_s:
-                return None
-        return full_turn_s
+        return full_turn_s if is_back_in_time(pipeline, microbatch, start_s, step_s) else None
     due_s = start_s - SAME_S
     for other in (*line, *pipeline.under_way):
         due_s += step_s
@@ -441,6 +444,20 @@ def steady_turn_s(pipeline: Pipeline, microbatch: Microbatch, start_s: float) ->
             return None
         due_s = other.ready_s
     return through_s if start_s + through_s > due_s + step_s - SAME_S else None
+
+
+def is_back_in_time(pipeline: Pipeline, microbatch: Microbatch, start_s: float, step_s: float) -> bool:
+    """Tell whether stage 0 never waits in the next turn, and whether the turns after it have the same order."""
+    count = len(pipeline.microbatches)
+    line = sorted(pipeline.line, key=lambda other: (other.index - microbatch.index) % count)
+    due_s, crowded = start_s, False
+    for other in (*line, *pipeline.under_way):
+        crowded |= other.ready_s <= due_s + SAME_S  # two wait at once: round robin decides, not who is back first
+        due_s += step_s
+        if other.ready_s > due_s + SAME_S:
+            return False
+    order = [(other.index - microbatch.index) % count for other in (*line, *pipeline.under_way)]
+    return not crowded or order == sorted(order)
 
 
 def turns_to_skip(pipeline: Pipeline, microbatch: Microbatch, turn_s: float, horizon_s: float) -> int:

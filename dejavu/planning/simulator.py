@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dejavu.errors import UsageError
 from dejavu.measure.records import RequestRecord, StepRecord
+from dejavu.planning.flow import SAME_S
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.pipeline import INFINITY, Job, Microbatch, Pipeline
 from dejavu.planning.setup import Failure, PipelineSetup, Setup
@@ -67,8 +68,8 @@ class Result:
     @property
     def tpot_s(self) -> Floats:
         """Give each request's mean time per token after the first; NaN where there is only one."""
-        later = self.output_tokens - 1.0
-        return np.divide(self.finish_s - self.first_token_s, later, out=np.full(len(later), NAN), where=later > 0)
+        later = np.where(self.output_tokens > 1, self.output_tokens - 1.0, NAN)
+        return (self.finish_s - self.first_token_s) / later
 
     @property
     def latency_per_token_s(self) -> Floats:
@@ -175,7 +176,7 @@ class Simulation:
             failure_s = self.failures[0].time_s if self.failures else INFINITY
             if failure_s <= min(first_s, admission_s) < INFINITY:
                 changed = self.fail(self.failures.pop(0))
-            elif admission_s <= first_s and admission_s < INFINITY:
+            elif admission_s <= first_s and admission_s < INFINITY and not self.is_return_due(times, admission_s):
                 changed = self.admit(pool, admission_s)
             elif first_s < INFINITY:
                 changed = times.index(first_s)
@@ -184,6 +185,13 @@ class Simulation:
             else:
                 return self.result(record)
             times[changed] = self.pipelines[changed].next_s
+
+    def is_return_due(self, times: list[float], admission_s: float) -> bool:
+        """Tell whether a pass of the pipeline that is next ends just now, which may free a better row."""
+        first_s = min(times)
+        if len(times) == 1 or first_s > max(admission_s, self.now_s) + SAME_S:
+            return False
+        return self.pipelines[times.index(first_s)].next_is_return
 
     def next_admission(self) -> tuple[Pool, float]:
         """Give the pool that next seats a request, and when."""
