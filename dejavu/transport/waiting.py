@@ -37,8 +37,8 @@ class Doorbell:
         except (BlockingIOError, ConnectionRefusedError):
             return
 
-    def sleep(self, seconds: float) -> None:
-        """Sleep until a ring, at most so long."""
+    def sleep(self, seconds: float | None) -> None:
+        """Sleep until a ring, at most so long; None is without a limit."""
         if select.select([self.socket], [], [], seconds)[0]:
             self.clear()
 
