@@ -52,7 +52,7 @@ class Case:
     type=click.Choice(["transformers", "none"]),
     default="none",
     show_default=True,
-    help="Who to compare with.",
+    help="To compare with.",
 )
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Turns of each side.")
 @click.option("--out", help="The run directory.")
