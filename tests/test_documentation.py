@@ -1,0 +1,106 @@
+"""What README.md and docs say: commands run, tables are the code's, every column is explained, links lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from dejavu.assets import data_names, data_path
+from dejavu.config import load_config
+from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord
+from dejavu.measure.summary import summarize
+from tests.documentation import PAGE, ROOT, filled
+
+PAGES = [ROOT / "README.md", PAGE]
+BLOCK = re.compile(r"(?:^<!-- (?P<marker>\w+):[^\n]*-->\n)?^```sh\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+MARKERS = {None, "make", "gpu", "hub"}
+
+
+def blocks(page):
+    return [(match["marker"], match["text"]) for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
+
+
+def shell_blocks():
+    """Give each block once, also where both pages have it."""
+    found = {block: f"{page.name}-{number}" for page in PAGES for number, block in enumerate(blocks(page))}
+    return [pytest.param(*block, id=name) for block, name in found.items()]
+
+
+def environment():
+    prefixes = ("OMPI_", "PMIX_", "PRTE_", "PMI_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    root = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    return kept | root | {"PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(("marker", "text"), shell_blocks())
+def test_commands_run(marker, text, tmp_path):
+    assert marker in MARKERS
+    if marker in ("gpu", "hub"):
+        pytest.skip(f"needs a {marker}")
+    settings = environment()
+    if marker == "make":
+        settings["MAKEFLAGS"] = "-n"  # print what would be done
+        for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+            (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=tmp_path,
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Traceback" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_commands_is_found(page):
+    assert len(blocks(page)) == page.read_text(encoding="utf-8").count("```sh\n") > 3
+
+
+def test_tables_are_those_of_the_code():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == filled(page), "run `python -m tests.documentation`"
+
+
+def table_names(title):
+    """Give the first cells of the table under a bold title."""
+    section = PAGE.read_text(encoding="utf-8").split(f"**{title}**")[1].split("\n**")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return [name for cell in cells for name in re.findall(r"`(.+?)`", cell)]
+
+
+@pytest.mark.parametrize(
+    ("title", "record"),
+    [("requests.csv", RequestRecord), ("steps.csv", StepRecord), ("transfers.csv", TransferRecord)],
+)
+def test_every_column_is_explained_in_order(title, record):
+    assert table_names(title) == [field.name for field in fields(record)]
+
+
+def test_every_column_of_the_summary_is_explained_in_order():
+    columns = summarize([], [], 1, 0).row()
+    assert [name.replace("stageN", "stage0") for name in table_names("summary.csv")] == list(columns)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "notes.md"], ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", data_names("launch", ".yaml"))
+def test_shipped_profiles_are_named_and_right(name):
+    config = load_config(data_path("launch", name), {})
+    assert config.name != "serve"
+    assert f"`{name.removesuffix('.yaml')}`" in PAGE.read_text(encoding="utf-8")
+    assert config.workload is None or Path(config.workload).is_file()
