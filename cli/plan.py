@@ -114,7 +114,10 @@ def search(options: dict[str, Any]) -> int:
     from dejavu.planning.planner import Goal, plan
     from dejavu.planning.rows import plan_rows
 
-    task = make_task(options)
+    profile = read_profile(options["profile"])
+    if profile and not options["model"]:
+        options = options | {"model": profile.model}
+    task = make_task(options, profile)
     limits = [float("inf") if options[name] is None else options[name] / 1e3 for name in ("ttft_ms", "tpot_ms")]
     found = plan(task, Goal(*limits))
     console = Console()
@@ -126,13 +129,10 @@ def search(options: dict[str, Any]) -> int:
     return finish(rows, options["out"], found.best.layout, options["model"])
 
 
-def make_task(options: dict[str, Any]) -> Any:
+def make_task(options: dict[str, Any], profile: Any) -> Any:
     """Gather what the search is for."""
     from dejavu.planning.planner import GB, Machine, Task
 
-    profile = read_profile(options["profile"])
-    if profile and not options["model"]:
-        options = options | {"model": profile.model}
     shape = make_shape(options)
     if options["memory_gb"] is None and profile and profile.memory_bytes:
         options = options | {"memory_gb": profile.memory_bytes / GB}
@@ -210,7 +210,7 @@ def write_profile(path: Path, layout: Any, model: str | None) -> None:
 
     from dejavu.planning.planner import serve_profile
 
-    path.write_text(yaml.safe_dump(serve_profile(layout, model or "demo"), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(serve_profile(layout, model), sort_keys=False), encoding="utf-8")
     click.echo(f"wrote {path}")
 
 

@@ -337,9 +337,10 @@ def swapping_pays(output_len: int, token_s: float, batch: int, bytes_per_token: 
     return 2 * output_len * token_s >= sum(steps)
 
 
-def serve_profile(layout: Layout, model: str) -> dict[str, Any]:
-    """Give the keys of the profile YAML with which `dejavu serve` uses a layout."""
-    keys: dict[str, Any] = {"model": model, "tp": layout.tp, "microbatch_size": layout.batch}
+def serve_profile(layout: Layout, model: str | None = None) -> dict[str, Any]:
+    """Give the keys of the profile YAML with which `dejavu serve` uses a layout; replicas are servers of their own."""
+    keys: dict[str, Any] = {} if model is None else {"model": model}
+    keys |= {"tp": layout.tp, "microbatch_size": layout.batch}
     if layout.prompt_stages:
         keys |= {"prompt_pp": layout.prompt_stages, "token_pp": layout.stages}
     else:
