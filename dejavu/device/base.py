@@ -413,8 +413,9 @@ class Device(Closing):
     ) -> None:
         """Hold back later work of the stream until the flag is at least `value`.
 
-        After `deadline_s` seconds of waiting the stream fails with DeadlineError: on CPU by itself; on CUDA, where
-        the hardware waits, in `synchronize` and `query` of the stream or of an event recorded behind the wait.
+        After `deadline_s` seconds the stream fails with DeadlineError; they count from when the stream reaches the
+        wait, and on CUDA, where the hardware waits and a watching thread ends it, from this call. On CUDA whoever
+        posts more than about 1000 operations behind a wait is blocked until it ends.
         """
 
 

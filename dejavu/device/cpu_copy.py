@@ -10,8 +10,14 @@ from dejavu.device.pieces import Pieces
 # Many equal short pieces go through numpy's indexing, one call for a chunk of them: 10 times faster than one memmove
 # each at 256 bytes, equal at 12 KiB. A chunk's temporary stays in the cache.
 _INDEXED_BYTES = 12 * 1024
-_INDEXED_PIECES = 8
+_INDEXED_PIECES = 128
 _CHUNK_BYTES = 256 * 1024
+# Below this, giving the interpreter's lock up and getting it back costs more than the copy.
+_SHORT_BYTES = 64 * 1024
+
+_copy_holding_lock = ctypes.PyDLL(None).memmove
+_copy_holding_lock.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_copy_holding_lock.restype = None
 
 
 class _Range:
@@ -38,7 +44,10 @@ def array_at(
 
 def copy_bytes(target: int, source: int, nbytes: int) -> None:
     """Copy one contiguous range; the two do not overlap."""
-    ctypes.memmove(target, source, nbytes)
+    if nbytes < _SHORT_BYTES:
+        _copy_holding_lock(target, source, nbytes)
+    else:
+        ctypes.memmove(target, source, nbytes)
 
 
 def copy_rows(target: int, source: int, width: int, height: int, target_pitch: int, source_pitch: int) -> None:
@@ -66,7 +75,7 @@ def copy_pieces(pieces: Pieces) -> None:
 
 def _copy_each(target: NDArray[np.int64], source: NDArray[np.int64], nbytes: NDArray[np.int64]) -> None:
     for one_target, one_source, one_size in zip(target.tolist(), source.tolist(), nbytes.tolist(), strict=True):
-        ctypes.memmove(one_target, one_source, one_size)
+        copy_bytes(one_target, one_source, one_size)
 
 
 def _copy_equal(target: NDArray[np.int64], source: NDArray[np.int64], size: int) -> None:

@@ -3,8 +3,8 @@
 import threading
 import time
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 
 from dejavu.device.base import DEFAULT_DEADLINE_S, DeviceError, Event, Stream
 from dejavu.device.cpu_memory import SharedMemory
@@ -118,12 +118,13 @@ class InlineStream(CpuStream):
 class ThreadStream(CpuStream):
     """Run jobs on one worker thread, which the first job starts."""
 
-    __slots__ = ("__weakref__", "_closing", "_entries", "_on_close", "_ready", "_thread")
+    __slots__ = ("__weakref__", "_closing", "_entries", "_lock", "_num_done", "_num_put", "_on_close", "_thread")
 
     def __init__(self, name: str, on_close: Callable[["ThreadStream"], None]) -> None:
         super().__init__(name)
-        self._entries: deque[Entry] = deque()
-        self._ready = threading.Condition()
+        self._entries: SimpleQueue[Entry | None] = SimpleQueue()  # None ends the worker
+        self._lock = threading.Lock()  # among those who put
+        self._num_put = self._num_done = 0
         self._thread: threading.Thread | None = None
         self._closing = False
         self._on_close = on_close
@@ -138,67 +139,56 @@ class ThreadStream(CpuStream):
 
     def query(self) -> bool:
         """Say whether all work is done; raises the stream's error."""
-        with self._ready:
-            busy = bool(self._entries)
+        idle = self._num_done == self._num_put
         self.check()
-        return not busy
+        return idle
 
     def synchronize(self, deadline_s: float | None = None) -> None:
         """Block until the work queued up to now is done."""
-        mark = Mark()
-        self.mark(mark)
-        mark.wait(deadline_s)
+        if not self.query():
+            mark = Mark()
+            self.mark(mark)
+            mark.wait(deadline_s)
 
     def close(self) -> None:
         """Let the worker finish what is queued, and join it."""
-        with self._ready:
+        with self._lock:
             self._closing = True
-            self._ready.notify()
         if self._thread is not None:
+            self._entries.put(None)
             self._thread.join()
             self._thread = None
         self._on_close(self)
 
     def _put(self, entry: Entry) -> None:
-        with self._ready:
+        with self._lock:
             assert not self._closing, f"work was given to the closed stream {self.name}"
-            self._entries.append(entry)
+            self._num_put += 1
+            self._entries.put(entry)
             if self._thread is None:
                 self._start()
-            self._ready.notify()
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._work, name=f"stream-{self.name}", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
-        while (entry := self._next()) is not None:
-            self._run(entry[0])
-            del entry
-            self._finish()
+        while (entry := self._entries.get()) is not None:
+            work = entry[0]
+            if not isinstance(work, Mark):
+                self._run(work)
+            self._num_done += 1  # before a mark is reached: who waited for it finds the stream idle
+            if isinstance(work, Mark):
+                work.reach(self.error)
+            del entry, work  # what the job held is free before the next one is waited for
 
-    def _next(self) -> Entry | None:
-        # The entry stays in the queue until it is done, so that an empty queue means an idle stream. Taking the lock
-        # between two jobs also orders their writes to shared memory on processors with weak ordering.
-        with self._ready:
-            while not self._entries and not self._closing:
-                self._ready.wait()
-            return self._entries[0] if self._entries else None
-
-    def _run(self, work: "Job | Mark") -> None:
-        if isinstance(work, Mark):
-            work.reach(self.error)
-            return
+    def _run(self, job: Job) -> None:
         if self.error is not None:
             return
         try:
-            work()
+            job()
         except Exception as error:  # it is raised to whoever synchronises: the worker has no caller
             self.cancel(error)
-
-    def _finish(self) -> None:
-        with self._ready:
-            self._entries.popleft()
 
 
 class CpuEvent(Event):

@@ -60,7 +60,7 @@ class CudaDevice(Device):
         self.properties = _properties(self._device, index)
         # Loading a kernel or making a stream may wait for the whole device: before any stream can wait for a flag.
         self._kernel = PackKernel(self.properties.architecture, self._wait_event)
-        self.watch = FlagWatch()
+        self.watch = FlagWatch(self.activate)
         self.captured_waits: list[AwaitedFlag] | None = None  # of the capture that is under way
         self._streams: weakref.WeakSet[CudaStream] = weakref.WeakSet()
         self._torch_streams: dict[int, CudaStream] = {}

@@ -15,7 +15,7 @@ from cuda.bindings import driver
 from dejavu.assets import cache_dir, data_path
 from dejavu.device.base import DeviceError
 from dejavu.device.cuda_driver import call
-from dejavu.device.cuda_memory import PinnedMemory, PlainMemory
+from dejavu.device.cuda_memory import PinnedMemory
 from dejavu.device.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -25,10 +25,8 @@ _ROW_BYTES = 32  # struct Piece: source, target, nbytes, unused
 _THREADS, _WARPS = 256, 8
 _PART_BYTES = 4096  # what one warp copies: two rounds of its loads
 _PIECE_BYTES = 32 * 1024  # longer pieces become several rows, so that no warp works long
-_RING_BYTES = 32 << 20
+_RING_BYTES = 16 << 20
 _ROWS_PER_LAUNCH = _RING_BYTES // _ROW_BYTES // 4
-# Reading the table over the bus costs little while few warps do; for more it is first copied to the device.
-_UPLOAD_WARPS = 8192
 
 
 def load_kernel(name: str, function: str, architecture: str) -> int:
@@ -65,16 +63,16 @@ def _store(path: "Path", code: bytes) -> None:
 
 
 class TableRing:
-    """Hold the tables of launches in flight, in pinned host memory with a twin on the device.
+    """Hold the tables of launches in flight, in pinned host memory: the kernel reads them there.
 
-    A region is used again when the event behind its launch has passed, so posting a launch waits for the device only
-    when tables of `_RING_BYTES` are in flight.
+    On H200 that is faster at every size than to copy them to the device first (8.5 against 21 µs for 640 pieces, 35
+    against 51 for 20,000), since a block reads its rows at once. A region is used again when the event behind its
+    launch has passed, so posting waits for the device only when tables of `_RING_BYTES` are in flight.
     """
 
     def __init__(self, passed: Callable[[Any], None]) -> None:
         """`passed` blocks until an event is reached, and raises where its stream hangs past a deadline."""
         self._host = PinnedMemory(_RING_BYTES)
-        self._device = PlainMemory(_RING_BYTES)
         self._rows = self._host.tensor(self._host.address, _RING_BYTES).numpy().view(np.int64).reshape(-1, 4)
         self._passed = passed
         self._in_flight: deque[tuple[int, Any]] = deque()  # (end, event), oldest first
@@ -82,7 +80,7 @@ class TableRing:
         self._begin = self._end = 0  # bytes taken since the start; [begin, end) is in flight
 
     def write(self, pieces: Pieces, source_base: int, target_base: int) -> int:
-        """Write a table with addresses into the ring and give its offset."""
+        """Write a table with addresses into the ring and give its address."""
         nbytes = len(pieces) * _ROW_BYTES
         self._reserve(nbytes)
         offset = self._end % _RING_BYTES
@@ -91,17 +89,7 @@ class TableRing:
         np.add(pieces.target, target_base, out=rows[:, 1])
         rows[:, 2] = pieces.nbytes
         self._end += nbytes
-        return offset
-
-    def host_address(self, offset: int) -> int:
-        """Give where the table lies in pinned memory."""
         return self._host.address + offset
-
-    def upload(self, offset: int, nbytes: int, stream: int) -> int:
-        """Queue the table's copy to the device and give where it will lie."""
-        target = self._device.address + offset
-        call(driver.cuMemcpyHtoDAsync, target, self._host.address + offset, nbytes, stream)
-        return target
 
     def retire(self, stream: int) -> None:
         """Mark what was written last as free once the stream has passed this point."""
@@ -116,7 +104,6 @@ class TableRing:
         self._in_flight.clear()
         self._idle_events.clear()
         self._host.close()
-        self._device.close()
 
     def _reserve(self, nbytes: int) -> None:
         room = _RING_BYTES - self._end % _RING_BYTES
@@ -157,13 +144,9 @@ class PackKernel:
         self._ring.close()
 
     def _launch(self, rows: Pieces, source_base: int, target_base: int, stream: int) -> None:
-        offset = self._ring.write(rows, source_base, target_base)
+        table = self._ring.write(rows, source_base, target_base)
         splits = -(-rows.total_bytes // (len(rows) * _PART_BYTES))
         warps = len(rows) * splits
-        if warps >= _UPLOAD_WARPS:
-            table = self._ring.upload(offset, len(rows) * _ROW_BYTES, stream)
-        else:
-            table = self._ring.host_address(offset)
         self._start(table, len(rows), splits, -(-warps // _WARPS), stream)
         self._ring.retire(stream)
 

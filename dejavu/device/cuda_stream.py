@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dejavu.device.cuda import CudaDevice
 
 _SPIN_S = 2e-4
+_LOOK_S = 0.25
 _FIRST_SLEEP_S, _LONGEST_SLEEP_S = 2e-5, 1e-3
 
 
@@ -67,11 +68,15 @@ class FlagWait:
 class FlagWatch:
     """Know the flag waits in flight, and end those of a dead peer: by writing the awaited value into the flag.
 
-    The hardware waits for ever. Every host-side wait of this device polls while flag waits are in flight, and calls
-    `expire` on the way.
+    The hardware waits for ever, and about 1000 operations behind a wait the driver blocks whoever posts the next. So a
+    thread ends what is late, four times a second; host-side waits of this device poll, and look more often.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, activate: Callable[[], None]) -> None:
+        """`activate` makes the device current in the thread."""
+        self._activate = activate
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
         self._waits: list[FlagWait] = []
         self._idle: list[Any] = []  # events to use again
         self._lock = threading.Lock()
@@ -81,9 +86,13 @@ class FlagWatch:
         """Note a wait that was just queued."""
         with self._lock:
             self._forget_reached()
+            self._start()
             event = self._idle.pop() if self._idle else _new_event()
-            call(driver.cuEventRecord, event, stream.handle)
+        call(driver.cuEventRecord, event, stream.handle)  # may block: not under the lock, which the thread needs
+        with self._lock:
             self._waits.append(FlagWait(stream, flag, time.monotonic() + flag.deadline_s, event))
+        if stream.error is not None:
+            self.release(stream)
 
     def in_flight(self) -> bool:
         """Say whether any wait may still hold a stream."""
@@ -117,12 +126,28 @@ class FlagWatch:
                     self._write(wait.flag)
 
     def close(self) -> None:
-        """Give the events back; no wait is in flight."""
+        """Stop the thread and give the events back; no wait is in flight."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
         for event in self._idle + [wait.event for wait in self._waits]:
             call(driver.cuEventDestroy, event)
         self._waits.clear()
         self._idle.clear()
         call(driver.cuStreamDestroy, self._rescue)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, name="flag-watch", daemon=True)
+            self._thread.start()
+
+    def _look(self) -> None:
+        self._activate()
+        while not self._stop.wait(_LOOK_S):
+            try:
+                self.expire()
+            except DeviceError:  # the device is lost, and every other call on it says so
+                return
 
     def _write(self, flag: AwaitedFlag) -> None:
         if flag.on_host:  # needs nothing of a driver that may be blocked behind a full queue

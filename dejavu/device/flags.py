@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ _EVERYBODY = 2**31 - 1
 _SPINS = 50
 _FIRST_SLEEP_S, _LONGEST_SLEEP_S = 1e-4, 2e-3  # also how late a value is seen that was written without a wake-up
 
+_order = threading.Lock()
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -38,8 +40,12 @@ class Flag:
         return self._word.value
 
     def write(self, value: int) -> None:
-        """Set the value and wake who waits, in any process."""
-        self._word.value = value & 0xFFFFFFFF
+        """Set the value after all that this thread wrote before, and wake who waits, in any process."""
+        # A lock's release and the next acquire keep earlier writes earlier, on processors that reorder them too.
+        with _order:
+            pass
+        with _order:
+            self._word.value = value & 0xFFFFFFFF
         _futex(self._address, _FUTEX_WAKE, _EVERYBODY, None)
 
     def passed(self, value: int) -> bool:

@@ -231,6 +231,16 @@ class TestFailure:
             leave()
         assert time.monotonic() - start_s < 5
 
+    def test_posting_without_end_behind_a_dead_flag_does_not_hang(self, device, gate):
+        with device.create_stream("dead") as stream, device.allocate(64) as buffer:
+            gate.hold(stream, deadline_s=0.3)
+            start_s = time.monotonic()
+            for _ in range(3000):  # more than the queue of a CUDA stream holds
+                device.fill(buffer, 1, stream=stream)
+            assert time.monotonic() - start_s < 5
+            with pytest.raises(DeadlineError, match="flag"):
+                stream.synchronize(10)
+
     def test_freeing_memory_beside_a_dead_flag_does_not_hang(self, device, gate):
         with device.create_stream("dead") as stream:
             buffer = device.allocate(64)
