@@ -1,7 +1,6 @@
 """The CUDA device: the driver's API behind the device interface."""
 
 import ctypes
-import os
 import weakref
 from collections.abc import Callable
 from functools import cached_property
@@ -51,8 +50,6 @@ class CudaDevice(Device):
     """Be one CUDA device, through its primary context."""
 
     def __init__(self, index: int) -> None:
-        # Streams that share a hardware queue with one that waits for a flag would wait too; the default is 8 queues.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         self._device = call(driver.cuDeviceGet, index)
         self._context: Any = call(driver.cuDevicePrimaryCtxRetain, self._device)
         self._retained: list[Any] = [self._device]  # whose primary contexts this object holds

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -21,6 +22,9 @@ def missing() -> str | None:
         return f"the NVIDIA driver is not installed ({error})"
     from cuda.bindings import driver
 
+    # Streams that share a hardware queue with one that waits for a flag would wait too. The default is 8 queues; the
+    # driver reads the number once, when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     code = driver.cuInit(0)[0]
     return None if code == driver.CUresult.CUDA_SUCCESS else f"cuInit says {describe(code)}"
 
