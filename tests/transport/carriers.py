@@ -40,6 +40,22 @@ def make_local(setting):
     return LocalStore(setting.device, 300 << 20, rank=setting.rank, gathering=setting.gathering)
 
 
+def make_mpi(setting):
+    from mpi4py import MPI
+
+    from dejavu.transport.mpi_carrier import MpiCarrier
+
+    return MpiCarrier(setting.device, MPI.COMM_WORLD, gathering=setting.gathering)
+
+
+def make_ipc(setting):
+    from dejavu.transport.ipc import IpcCarrier
+
+    return IpcCarrier(setting.device, setting.rank, setting.exchange, gathering=setting.gathering)
+
+
 CARRIERS = {
     "local": Kind("store", make_local),
+    "ipc": Kind("plain", make_ipc),
+    "mpi": Kind("mpirun", make_mpi),
 }

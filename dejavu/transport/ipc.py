@@ -1,0 +1,498 @@
+"""The `ipc` carrier: a rank stores messages straight into the memory of another rank of its host.
+
+A receive posts where its bytes belong: a memory that the sender has mapped, and a table of pieces. The sender joins
+that table with its own and queues one copy, or one kernel, on a stream of its own, and behind it the write of a flag
+in memory of the receiver, for which the receiver's streams wait. The host matches posts with sends, and never touches
+data. Posts travel on a local socket, whose other end's death both sides notice.
+
+Known limit: on CUDA, where a producer's stream was cancelled after its work was queued, its void bytes are sent.
+"""
+
+import os
+import selectors
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+
+from dejavu.device.base import FLAG_BYTES, Buffer, Device, Event, Stream
+from dejavu.device.handles import close_all
+from dejavu.device.pieces import Pieces
+from dejavu.errors import DejavuError, PeerLostError, TransferError
+from dejavu.transport.carrier import Carrier, Gathering, Transfer, UnavailableError, check_message
+from dejavu.transport.ipc_line import Exchange, Line, Place, connect_ranks
+from dejavu.transport.ipc_memory import Exports, Imports
+from dejavu.transport.ipc_messages import Kind, Post, Register, pack_number, split_kind, unpack_number
+from dejavu.transport.ipc_transfers import IpcReceive, IpcSend, Word
+from dejavu.transport.lanes import Lanes
+from dejavu.transport.message import join
+from dejavu.transport.progress import Gate, Gates
+from dejavu.transport.staging import cancelled, move, wrap
+
+WORDS_BYTES = 64 * 1024  # flags of one rank: how many receives can be under way
+CLOSE_S = 5.0  # how long a close waits for peers to keep off this rank's memory
+FAREWELL_S = 1.0  # how long a line may have ended before its process does
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1e-4, 5e-3
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """Hold what this rank knows of another one."""
+
+    rank: int
+    line: Line
+    words: Buffer  # its flags
+    imports: Imports  # its memories
+    introduced: set[int] = field(default_factory=set)  # this rank's memories that it knows
+    posts: dict[int, Post] = field(default_factory=dict)  # by key: places without a send
+    sends: dict[int, IpcSend] = field(default_factory=dict)  # by key: sends without a place
+    receives: dict[int, IpcReceive] = field(default_factory=dict)  # by number
+    lost: TransferError | None = None
+    ended_s: float | None = None  # when its line ended
+
+
+@dataclass(slots=True, eq=False)
+class Copying:
+    """Be one send whose copies are queued."""
+
+    peer: Peer
+    send: IpcSend
+    post: Post
+    is_withdrawn: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Unready:
+    """Be one receive whose memory earlier work still uses."""
+
+    peer: Peer
+    receive: IpcReceive
+    post: Post
+    event: Event
+
+
+class IpcCarrier(Carrier):
+    """Move messages between ranks of one host, from memory to memory.
+
+    A receive's memory has to be exportable (`allocate_exportable`, `allocate_host_exportable`, or `allocate`); it is
+    introduced to a peer by its first receive, and stays mapped there until `unregister` or `close`. A peer that closed
+    its carrier, or died, fails the transfers with it, now and later; its death is noticed at once.
+    """
+
+    name = "ipc"
+
+    def __init__(
+        self, device: Device, rank: int, exchange: Exchange, *, gathering: Gathering = Gathering.PACKED
+    ) -> None:
+        """Connect the ranks of this host; all ranks of `exchange`, an allgather of bytes, make theirs at once."""
+        self.device = device
+        self.rank = rank
+        self.gathering = gathering
+        self._words = device.allocate_host_exportable(WORDS_BYTES)
+        self._free_words = [Word(self._words, i) for i in range(WORDS_BYTES // FLAG_BYTES)]
+        self._numbers = count(1)
+        self._exports = Exports()
+        self._lanes = Lanes(device, "ipc")
+        self._gates = Gates(device)
+        self._gated: dict[IpcSend, tuple[Gate, list[Stream]]] = {}
+        self._copying: list[Copying] = []
+        self._unready: list[Unready] = []
+        self._lock = threading.RLock()
+        self._is_closing = False
+        self._connect(exchange)
+        self._start()
+
+    def unavailable(self, peer: int) -> str | None:
+        """Say why this carrier cannot reach a rank, or None."""
+        return self._reasons.get(peer)
+
+    def send(self, peer: int, key: int, memory: Buffer, pieces: Pieces, *, stream: Stream) -> Transfer:
+        """Store a message into the place that the peer posts under `key`."""
+        check_message(memory, pieces)
+        there = self._reach(peer)
+        with self._lock:
+            self._refuse_lost(there)
+            if key in there.sends:
+                raise TransferError(f"key {key} is already being sent to rank {peer}: wait for that message first")
+            send = IpcSend(peer, key, memory, pieces, self._lanes.mark(stream))
+            send.on_cancel, send.on_order = self._cancel_send, self._order_send
+            post = there.posts.pop(key, None)
+            if post is None:
+                there.sends[key] = send
+            else:
+                self._copy(there, send, post)
+        return send
+
+    def receive(self, peer: int, key: int, memory: Buffer, pieces: Pieces, *, stream: Stream) -> Transfer:
+        """Offer a place for the message of `key`."""
+        check_message(memory, pieces)
+        there = self._reach(peer)
+        with self._lock:
+            self._refuse_lost(there)
+            memory_id = self._introduce(there, memory)
+            if not self._free_words:
+                raise TransferError(f"{WORDS_BYTES // FLAG_BYTES} receives are under way: wait for some of them first")
+            word = self._free_words.pop()
+            number = next(self._numbers) & 0xFFFFFFFF
+            receive = IpcReceive(self.device, number, peer, word, (memory, pieces))
+            receive.on_cancel, receive.on_end = self._cancel_receive, self._forget_receive
+            there.receives[number] = receive
+            offsets = pieces.shifted(memory.address - memory.memory.address, 0)
+            post = Post(number, key, memory_id, word.index, word.value & 0xFFFFFFFF, offsets)
+            self._offer(Unready(there, receive, post, self._lanes.mark(stream)))
+        return receive
+
+    def unregister(self, memory: Buffer) -> None:
+        """Have the peers unmap a memory, into which nothing is being received: before it is freed for good."""
+        with self._lock:
+            memory_id = self._exports.forget(memory.memory)
+            for peer in self._peers.values():
+                if memory_id in peer.introduced:
+                    peer.introduced.discard(memory_id)
+                    peer.line.say(pack_number(Kind.UNREGISTER, memory_id))
+
+    def close(self) -> None:
+        """End what still runs, once no peer writes here any more; the peers need not close at the same time."""
+        if self._is_closing:
+            return
+        self._withdraw()
+        with self._lock:
+            for peer in self._peers.values():
+                peer.line.say(pack_number(Kind.GOODBYE, 0))
+        self._is_closing = True
+        self._wake()
+        self._thread.join()
+        for peer in self._peers.values():
+            self._lose(peer, TransferError("the carrier was closed before the transfer had ended"))
+        self._lanes.close()
+        self._tend()
+        self._release()
+
+    # Set-up and end
+
+    def _connect(self, exchange: Exchange) -> None:
+        fd = self._words.export_fd()
+        try:
+            lines, self._reasons = connect_ranks(exchange, self.rank, self.device.properties.kind, fd, _refusal)
+        finally:
+            os.close(fd)
+        self._peers = {
+            rank: Peer(rank, line, self.device.import_host_fd(line.words_fd, WORDS_BYTES), Imports(self.device, rank))
+            for rank, line in lines.items()
+        }
+
+    def _start(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._hush)
+        for peer in self._peers.values():
+            self._selector.register(peer.line.socket, selectors.EVENT_READ, _bind(self._hear, peer))
+            if peer.line.pidfd is not None:
+                self._selector.register(peer.line.pidfd, selectors.EVENT_READ, _bind(self._bury, peer))
+        self._thread = threading.Thread(target=self._serve, name="carrier-ipc", daemon=True)
+        self._thread.start()
+
+    def _withdraw(self) -> None:
+        """Have the peers keep off, and let this rank's copies end; what hangs is left to the lanes' end."""
+        with self._lock:
+            receives = [receive for peer in self._peers.values() for receive in list(peer.receives.values())]
+            sends = [send for peer in self._peers.values() for send in list(peer.sends.values())]
+        for transfer in (*receives, *sends):
+            transfer.cancel()
+        end_s = time.monotonic() + CLOSE_S
+        for waiting in (*receives, *(item.send for item in list(self._copying))):
+            with suppress(DejavuError):
+                waiting.wait(max(0.0, end_s - time.monotonic()))
+
+    def _release(self) -> None:
+        self._selector.close()
+        os.close(self._bell)
+        for peer in self._peers.values():
+            peer.line.close()
+            peer.words.close()
+            peer.imports.close()
+        self._gates.close()
+        self._free_words.clear()
+        self._words.close()
+
+    # Posting, called with the lock held
+
+    def _reach(self, rank: int) -> Peer:
+        assert not self._is_closing, "the carrier was closed"
+        if rank not in self._peers:
+            reason = self._reasons.get(rank, "it is this rank, or no rank of the job")
+            raise UnavailableError(f"ipc cannot reach rank {rank}: {reason}")
+        return self._peers[rank]
+
+    def _refuse_lost(self, peer: Peer) -> None:
+        if peer.lost is not None:
+            raise TransferError(str(peer.lost)) from peer.lost
+
+    def _introduce(self, peer: Peer, memory: Buffer) -> int:
+        memory_id = self._exports.identify(memory.memory)
+        if memory_id not in peer.introduced:
+            register, fd = self._exports.introduce(memory.memory)
+            peer.line.say(register.pack(), fd)
+            peer.introduced.add(memory_id)
+        return memory_id
+
+    def _offer(self, item: Unready) -> None:
+        """Send a post now, or when the work that still uses its memory is done."""
+        try:
+            is_ready = item.event.query()
+        except Exception as error:  # of the caller's stream
+            self._lanes.recycle(item.event)
+            item.receive.finish(error)
+            return
+        if is_ready:
+            self._lanes.recycle(item.event)
+            self._say_post(item)
+        else:
+            self._unready.append(item)
+            self._wake()
+
+    def _say_post(self, item: Unready) -> None:
+        message, fd = item.post.pack()
+        item.peer.line.say(message, fd)
+        if item.peer.line.has_more_to_say:
+            self._wake()
+
+    def _copy(self, peer: Peer, send: IpcSend, post: Post) -> None:
+        """Queue the copies of a send whose place is known, and the flag behind them."""
+        try:
+            place = peer.imports.find(post.memory_id)
+            if post.pieces.total_bytes != send.nbytes:
+                raise TransferError(
+                    f"key {send.key} is {send.nbytes} bytes at rank {self.rank} and {post.pieces.total_bytes} bytes at "
+                    f"rank {peer.rank}: make both sides' lists from one plan"
+                )
+            post.pieces.check(place.nbytes, send.nbytes)
+            joined = join(send.pieces, post.pieces)
+        except TransferError as error:
+            self._lanes.recycle(send.ready)
+            self._fail_send(send, error)
+            peer.line.say(pack_number(Kind.FAIL, post.number, str(error)))
+            return
+        flag = peer.words.view(post.word * FLAG_BYTES, FLAG_BYTES)
+
+        def work(lane: Stream) -> None:
+            move(self.device, place, send.memory, joined, self.gathering, stream=lane)
+            self.device.write_flag(flag, post.value, stream=lane)
+
+        send.start(self._lanes.run(send.nbytes, send.ready, work, (send, post, place)))
+        self._copying.append(Copying(peer, send, post))
+        self._wake()
+
+    # Ends, called back by transfers
+
+    def _forget_receive(self, word: Word) -> None:
+        self._free_words.append(word)
+
+    def _cancel_receive(self, receive: IpcReceive) -> None:
+        with self._lock:
+            waiting = next((item for item in self._unready if item.receive is receive), None)
+            peer = self._peers[receive.peer]
+            if waiting is not None:
+                self._unready.remove(waiting)
+                self._lanes.recycle(waiting.event)
+            if waiting is not None or peer.lost is not None:
+                receive.finish(cancelled())
+            else:
+                peer.line.say(pack_number(Kind.CANCEL, receive.number))
+                self._wake()
+
+    def _cancel_send(self, send: IpcSend) -> None:
+        with self._lock:
+            if send.copies is not None:
+                send.copies.cancel()
+            elif self._peers[send.peer].sends.pop(send.key, None) is not None:
+                self._lanes.recycle(send.ready)
+                self._fail_send(send, cancelled())
+
+    def _order_send(self, send: IpcSend, stream: Stream) -> None:
+        with self._lock:
+            copies = send.copies
+            if copies is None and not send.done:
+                gate, streams = self._gated.setdefault(send, (self._gates.take(), []))
+                streams.append(stream)
+                word, value = gate.word, gate.value
+        if copies is not None:
+            copies.order(stream)
+        elif not send.done:
+            self.device.wait_flag(word, value, stream=stream)
+
+    def _fail_send(self, send: IpcSend, error: BaseException) -> None:
+        send.fail(error)
+        self._open_gate(send)
+
+    def _open_gate(self, send: IpcSend) -> None:
+        gate, streams = self._gated.pop(send, (None, []))
+        if send.error is not None:
+            for stream in streams:
+                stream.cancel(send.error)
+        if gate is not None:
+            self._gates.open(gate)
+
+    # The thread
+
+    def _serve(self) -> None:
+        busy_since_s = time.monotonic()
+        while not self._is_closing:
+            busy_s = time.monotonic() - busy_since_s if self._is_busy() else None
+            heard = self._selector.select(_rest(busy_s))
+            with self._lock:
+                for selected, _ in heard:
+                    selected.data()
+                if self._tend() or heard or busy_s is None:
+                    busy_since_s = time.monotonic()
+        self._say_rest()
+
+    def _is_busy(self) -> bool:
+        is_ending = any(peer.ended_s is not None and peer.lost is None for peer in self._peers.values())
+        has_more = any(peer.line.has_more_to_say for peer in self._peers.values())
+        return bool(self._copying or self._unready or is_ending or has_more)
+
+    def _tend(self) -> bool:
+        """Look after what is under way; tells whether anything moved on."""
+        ended = [item for item in self._copying if item.send.copies is not None and item.send.copies.done]
+        for item in ended:
+            self._copying.remove(item)
+            self._conclude(item)
+        waiting, self._unready = self._unready, []
+        for unready in waiting:
+            self._offer(unready)
+        for peer in self._peers.values():
+            peer.line.flush()
+            if peer.ended_s is not None and time.monotonic() - peer.ended_s > FAREWELL_S:
+                self._lose(peer, PeerLostError(f"rank {peer.rank} has left its line"))
+            for receive in list(peer.receives.values()):
+                if receive.done:
+                    del peer.receives[receive.number]
+        return bool(ended) or len(waiting) > len(self._unready)
+
+    def _conclude(self, item: Copying) -> None:
+        """Tell a receiver what its flag does not: that the copies failed, or that they have stopped."""
+        copies = item.send.copies
+        assert copies is not None
+        if item.is_withdrawn:
+            item.send.fail(TransferError(f"rank {item.peer.rank} has cancelled its receive of key {item.post.key}"))
+            item.peer.line.say(pack_number(Kind.WITHDRAWN, item.post.number))
+        elif copies.error is not None:
+            item.peer.line.say(pack_number(Kind.FAIL, item.post.number, f"the sender failed: {copies.error}"))
+        self._open_gate(item.send)
+
+    def _say_rest(self) -> None:
+        end_s = time.monotonic() + FAREWELL_S
+        while any(peer.line.has_more_to_say for peer in self._peers.values()) and time.monotonic() < end_s:
+            time.sleep(LONGEST_PAUSE_S)
+            for peer in self._peers.values():
+                peer.line.flush()
+
+    def _wake(self) -> None:
+        if threading.current_thread() is not self._thread:
+            os.eventfd_write(self._bell, 1)
+
+    def _hush(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+
+    def _hear(self, peer: Peer) -> None:
+        try:
+            while peer.lost is None and (heard := peer.line.hear()) is not None:
+                message, fds = heard
+                try:
+                    self._take(peer, *split_kind(message), fds)
+                finally:
+                    close_all(fds)
+        except PeerLostError as error:
+            self._selector.unregister(peer.line.socket)
+            peer.ended_s = time.monotonic()
+            if peer.line.pidfd is None:
+                self._lose(peer, error)
+        except TransferError as error:
+            self._lose(peer, error)
+
+    def _bury(self, peer: Peer) -> None:
+        assert peer.line.pidfd is not None
+        self._selector.unregister(peer.line.pidfd)
+        self._lose(peer, PeerLostError(f"the process of rank {peer.rank} has ended"))
+
+    def _take(self, peer: Peer, kind: Kind, body: bytes, fds: list[int]) -> None:
+        if kind is Kind.POST:
+            self._take_post(peer, Post.unpack(body, fds))
+        elif kind is Kind.REGISTER:
+            peer.imports.add(Register.unpack(body), fds)
+        else:
+            self._take_number(peer, kind, *unpack_number(body))
+
+    def _take_number(self, peer: Peer, kind: Kind, number: int, text: str) -> None:
+        if kind is Kind.CANCEL:
+            self._take_cancel(peer, number)
+        elif kind is Kind.UNREGISTER:
+            peer.imports.remove(number)
+        elif kind is Kind.GOODBYE:
+            self._lose(peer, PeerLostError(f"rank {peer.rank} has closed its ipc carrier"))
+        elif number in peer.receives:
+            error = cancelled() if kind is Kind.WITHDRAWN else TransferError(text)
+            peer.receives.pop(number).finish(error)
+
+    def _take_post(self, peer: Peer, post: Post) -> None:
+        if post.word >= peer.words.nbytes // FLAG_BYTES:
+            raise TransferError(f"rank {peer.rank} names flag {post.word}, which it does not have")
+        send = peer.sends.pop(post.key, None)
+        if send is not None:
+            self._copy(peer, send, post)
+        elif post.key in peer.posts:
+            reason = f"key {post.key} is already awaited from rank {self.rank}: wait for that message first"
+            peer.line.say(pack_number(Kind.FAIL, post.number, reason))
+        else:
+            peer.posts[post.key] = post
+
+    def _take_cancel(self, peer: Peer, number: int) -> None:
+        for item in self._copying:
+            if item.peer is peer and item.post.number == number:
+                item.is_withdrawn = True
+                return
+        peer.posts = {key: post for key, post in peer.posts.items() if post.number != number}
+        peer.line.say(pack_number(Kind.WITHDRAWN, number))
+
+    def _lose(self, peer: Peer, error: DejavuError) -> None:
+        """Fail what is under way with a peer that is gone: nothing of it writes here any more."""
+        if peer.lost is not None:
+            return
+        peer.lost = wrap(error)
+        for item in [item for item in self._unready if item.peer is peer]:
+            self._unready.remove(item)
+            self._lanes.recycle(item.event)
+        for receive in list(peer.receives.values()):
+            receive.finish(peer.lost)
+        for send in list(peer.sends.values()):
+            self._lanes.recycle(send.ready)
+            self._fail_send(send, peer.lost)
+        for box in (peer.receives, peer.sends, peer.posts):
+            box.clear()
+
+
+def _refusal(here: Place, there: Place) -> str | None:
+    if there.host != here.host:
+        return f"it is on {there.host}, not on {here.host}: use mpi, tcp or nccl between hosts"
+    if there.kind != here.kind:
+        return f"its device is {there.kind}, not {here.kind}: use mpi or tcp between kinds of devices"
+    return None
+
+
+def _bind(action: Callable[[Peer], None], peer: Peer) -> Callable[[], None]:
+    return lambda: action(peer)
+
+
+def _rest(busy_s: float | None) -> float | None:
+    """Give how long to sleep in the selector; a pause under its resolution is slept here."""
+    if busy_s is None:
+        return None
+    pause_s = min(LONGEST_PAUSE_S, max(SHORTEST_PAUSE_S, busy_s / 8))
+    if pause_s >= 1e-3:
+        return pause_s
+    time.sleep(pause_s)
+    return 0.0
