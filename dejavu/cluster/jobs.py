@@ -1,0 +1,60 @@
+"""Start a command of this program as the ranks of a job, and see the job to its end."""
+
+import os
+from collections.abc import Sequence
+
+import click
+from rich.console import Console
+
+from dejavu.cluster.launcher import Launch, Terminal, build_launch, check_hostfile, find_mpirun, rank_program
+from dejavu.cluster.progress import open_display
+from dejavu.cluster.supervisor import new_job, run_job
+from dejavu.measure.run_directory import RunDirectory
+
+
+def plan_launch(
+    num_ranks: int,
+    arguments: Sequence[str],
+    console: Console,
+    *,
+    hostfile: str | None = None,
+    directory: RunDirectory | None = None,
+) -> Launch:
+    """Make the launch of `dejavu ARGUMENTS` for this terminal; with a `directory`, as a job that reports there."""
+    check_hostfile(hostfile)
+    return build_launch(
+        num_ranks,
+        rank_program(arguments),
+        mpirun=find_mpirun(os.environ.get("PATH", "")),
+        environment=os.environ,
+        terminal=Terminal(console.width, color=console.is_terminal and not console.no_color),
+        hostfile=hostfile,
+        run_dir=directory.path.absolute() if directory else None,
+        job=new_job() if directory else None,
+    )
+
+
+def start_job(
+    num_ranks: int,
+    arguments: Sequence[str],
+    *,
+    name: str,
+    out: str | None = None,
+    hostfile: str | None = None,
+    progress: bool = True,
+) -> int:
+    """Run `dejavu ARGUMENTS` on `num_ranks` ranks with a new run directory; give its exit code, after its error."""
+    console = Console()
+    plan_launch(num_ranks, arguments, console, hostfile=hostfile)  # what is missing is said before a directory is made
+    directory = RunDirectory.create(name, out)
+    launch = plan_launch(num_ranks, arguments, console, hostfile=hostfile, directory=directory)
+    show_line(console, launch)
+    result = run_job(launch, directory, open_display(console, progress=progress))
+    if result.error:
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {result.error}", err=True)
+    return result.exit_code
+
+
+def show_line(console: Console, launch: Launch) -> None:
+    """Print the command in one line, however wide, so that it can be copied."""
+    console.print(launch.line, style="dim", soft_wrap=True, highlight=False, markup=False)
