@@ -81,7 +81,7 @@ def test_request_row_of_a_completion(tmp_path):
 
 def test_numpy_numbers_are_written_as_numbers(tmp_path):
     step = StepRecord(1, 0, 0, 0, 7, "mixed", 2, 9, np.float64(0.1), np.float64(0.2), float("nan"))
-    step.rank = np.int64(1)  # type: ignore[assignment]
+    step.rank = np.int64(1)
     write_csv(tmp_path / "steps.csv", [step], StepRecord)
     assert (tmp_path / "steps.csv").read_text().splitlines()[1] == "1,0,0,0,7,mixed,2,9,0.1,0.2,"
 
