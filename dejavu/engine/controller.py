@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from dejavu.engine.messages import Admission, Ready, Release, Report, Sampled, SampledToken, Stop
+from dejavu.engine.messages import Admission, Admissions, Ready, Release, Report, Sampled, SampledToken, Stop
 from dejavu.engine.rows import RowTable, blocks_needed
 from dejavu.engine.text import StreamFactory, TextWatch
 from dejavu.errors import CapacityError
@@ -169,13 +169,16 @@ class Controller:
         """Let arrived requests take rows, first come first served."""
         while self.future and self.future[0][0] <= self.clock.now_s():
             self.waiting.append(Completion(heapq.heappop(self.future)[2]))
+        admissions = []
         while self.waiting and (admission := self.table.admit(self.waiting[0].request)):
             completion = self.waiting.popleft()
             completion.admitted_s = self.clock.now_s()
             stop = completion.request.sampling.stop
             watch = TextWatch(self.make_stream(), stop) if self.make_stream else None
             self.running[admission.serial] = Running(admission, completion, watch)
-            self.channel.send(self.head, admission)
+            admissions.append(admission)
+        if admissions:
+            self.channel.send(self.head, Admissions(tuple(admissions)))
 
     def take_tokens(self, result: Sampled) -> list[tuple[TokenEvent, Completion]]:
         """Take the tokens of one pass; those of requests that have ended meanwhile are dropped."""

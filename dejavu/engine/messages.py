@@ -9,13 +9,20 @@ from dejavu.request import Request, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Controller → first stage → every stage: a request takes a row, and these blocks, until its end."""
+    """A request takes a row, and these blocks, until its end; every stage learns it with the request's first pass."""
 
     serial: int  # unique in the run, so that nobody takes a late message for one about the row's next request
     microbatch: int
     row: int
     blocks: tuple[int, ...]
     request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Admissions:
+    """Controller → first stage: requests that were seated together, so that their prompts can share a pass."""
+
+    admissions: tuple[Admission, ...]
 
 
 @dataclass(frozen=True, slots=True)

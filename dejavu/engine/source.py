@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from dejavu.engine.messages import Admission, Release, Sampled, Stop, Work
+from dejavu.engine.messages import Admissions, Release, Sampled, Stop, Work
 from dejavu.engine.scheduler import Scheduler
 from dejavu.transport.mpi import Channel
 
@@ -49,8 +49,9 @@ class Scheduled:
         """Take all messages that have come."""
         while item := self.channel.poll():
             match item[1]:
-                case Admission() as admission:
-                    self.scheduler.admit(admission)
+                case Admissions(admissions):
+                    for admission in admissions:
+                        self.scheduler.admit(admission)
                 case Release(serial):
                     self.scheduler.release(serial)
                 case Sampled() as result:
