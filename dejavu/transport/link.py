@@ -7,6 +7,7 @@ that were sent), and a transfer ends only when the wire has let go of its memory
 `receive` runs on the carrier's progress thread; the wire belongs to that thread.
 """
 
+import threading
 import time
 from abc import abstractmethod
 from collections import Counter, defaultdict, deque
@@ -24,7 +25,7 @@ from dejavu.transport.staging import Slots
 
 MAX_OFFERS = 1 << 16  # of one peer, waiting for their sends
 WITHDRAW_S = 5.0  # how long a side that gives up waits for the other one
-BUSY_S = 50e-6  # how long the thread looks again at once
+BUSY_S = 100e-6  # how long the thread looks again at once
 SHORTEST_NAP_S = 50e-6
 LINGER_S = 20e-3  # how long it goes on looking after the last transfer
 Side = TypeVar("Side", Outgoing, Incoming)
@@ -76,6 +77,9 @@ class Wire(Closing):
     def granted(self, parcel: Outgoing, note: Note) -> None:
         """Take what a GRANT says about a message."""
 
+    def ended(self, parcel: Outgoing | Incoming) -> None:
+        """Give back what a message has held; called once, whatever its end."""
+
     def lose(self, peer: int, reason: object) -> None:
         """Note that a peer is gone; its transfers find out at their next step."""
         self.lost.setdefault(peer, str(reason))
@@ -88,6 +92,11 @@ class LinkProgress(Progress):
         super().__init__(name)
         self._wire = wire
         self._was_woken = False
+
+    def begin(self) -> None:
+        """Start the thread: the peers' notes want answers before the first transfer too."""
+        self._thread = threading.Thread(target=self._run, name=f"carrier-{self._name}", daemon=True)
+        self._thread.start()
 
     def start(self, transfer: HostTransfer, steps: Steps) -> None:
         """Advance `steps` from now on."""
@@ -147,6 +156,7 @@ class LinkCarrier(Carrier):
         self._incoming: dict[tuple[int, int], Incoming] = {}
         self._last_number = 0
         self._progress = LinkProgress(self.name, wire)
+        self._progress.begin()
 
     def send(self, peer: int, key: int, memory: Buffer, pieces: Pieces, *, stream: Stream) -> Transfer:
         """Send once the peer has posted the receive."""
@@ -217,6 +227,7 @@ class LinkCarrier(Carrier):
             raise
         finally:
             del self._outgoing[parcel.peer, parcel.number]
+            self.wire.ended(parcel)
 
     def _match(self, parcel: Outgoing) -> Steps:
         while (offer := self._next_offer(parcel.peer, parcel.key)) is None:
@@ -263,6 +274,7 @@ class LinkCarrier(Carrier):
             raise
         finally:
             del self._incoming[parcel.peer, parcel.number]
+            self.wire.ended(parcel)
         if parcel.error is not None:
             raise parcel.error
 

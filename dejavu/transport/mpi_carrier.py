@@ -12,8 +12,8 @@ from dejavu.transport.link import LinkCarrier
 from dejavu.transport.mpi_wire import FIRST_DATA_TAG, MpiWire, bytes_of
 from dejavu.transport.parcels import Incoming, Loan, Outgoing
 
-CHUNK_BYTES = 1 << 20  # the largest that Open MPI moves over shared memory in one go
-NUM_SLOTS = 16
+CHUNK_BYTES = 4 << 20
+NUM_SLOTS = 8
 WINDOW = 4  # chunks of one message that MPI has at a time
 NUM_TAGS = 1 << 16
 

@@ -125,7 +125,8 @@ class MpiWire(Wire):
     def _next(self, peer: int) -> Note | None:
         data = bytearray(NOTE_BYTES)
         try:
-            message = self.comm.Improbe(peer, NOTE_TAG)
+            # A look makes progress only after it has looked: what has just come is seen by the next one.
+            message = self.comm.Improbe(peer, NOTE_TAG) or self.comm.Improbe(peer, NOTE_TAG)
             if message is None:
                 return None
             message.Recv([data, MPI.BYTE])

@@ -54,8 +54,17 @@ def make_ipc(setting):
     return IpcCarrier(setting.device, setting.rank, setting.exchange, gathering=setting.gathering)
 
 
+def make_rma(setting):
+    from mpi4py import MPI
+
+    from dejavu.transport.rma import RmaCarrier
+
+    return RmaCarrier(setting.device, MPI.COMM_WORLD, gathering=setting.gathering)
+
+
 CARRIERS = {
     "local": Kind("store", make_local),
     "ipc": Kind("plain", make_ipc),
     "mpi": Kind("mpirun", make_mpi),
+    "rma": Kind("mpirun", make_rma),
 }
