@@ -16,6 +16,7 @@ from dejavu.errors import DejavuError
 from dejavu.measure.run_directory import RunDirectory
 
 PR_SET_PDEATHSIG = 1
+FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"  # what `mpirun --with-ft ulfm` tells the ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +90,38 @@ def report(error: BaseException, result: JobResult, *, first: bool, supervised: 
 
 def fail(error: BaseException) -> int:
     """Report an exception, record it as the job's result, end all ranks; give the exit code where MPI is not up."""
+    exit_code = refuse(error)
+    abort(exit_code)
+    return exit_code
+
+
+def refuse(error: BaseException) -> int:
+    """Report an exception and record it as the job's result, where all ranks then end in good order."""
     result = describe(error, world_rank(os.environ) or 0)
     first = record(result)
     report(error, result, first=first, supervised=JOB in os.environ)
     sys.stdout.flush()
-    abort(result.exit_code)
     return result.exit_code
 
 
 def abort(exit_code: int) -> None:
-    """End every rank of the job at once, if this process takes part in one through MPI."""
+    """End every rank of the job at once, if this process takes part in one through MPI.
+
+    Under ULFM, Open MPI's abort hangs with four ranks or more, and nobody sees that a rank has left with an exit code.
+    So this rank revokes all that the others wait at, and leaves; each of them fails on it, and does the same.
+    """
     if "mpi4py.MPI" not in sys.modules:
         return
     from mpi4py import MPI
 
-    if MPI.Is_initialized() and not MPI.Is_finalized():
-        MPI.COMM_WORLD.Abort(exit_code)
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        return
+    if os.environ.get(FAULT_TOLERANCE) == "1":
+        from dejavu.transport.mpi import revoke_all
+
+        revoke_all()
+        os._exit(exit_code)
+    MPI.COMM_WORLD.Abort(exit_code)
 
 
 def guarded(body: Callable[[], int]) -> int:

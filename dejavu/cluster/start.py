@@ -8,6 +8,7 @@ from pathlib import Path
 from dejavu.cluster.engine import Outcome, run_controller, run_worker
 from dejavu.cluster.job import Job, prepare
 from dejavu.cluster.launcher import RUN_DIR
+from dejavu.cluster.process import refuse
 from dejavu.config import ServeConfig
 from dejavu.engine.controller import Controller
 from dejavu.errors import UsageError
@@ -33,8 +34,9 @@ def run_rank(config: ServeConfig) -> int:
 
 def work(channel: Channel) -> int:
     """Take the setup from rank 0, or the news that there is none, and work until the run ends."""
-    _, setup = channel.receive(CONTROLLER)
-    if setup is not None:
+    _, start = channel.receive(CONTROLLER)
+    if start is not None:
+        setup, os.environ[RUN_DIR] = start
         channel.send(CONTROLLER, (host_name(), cpu_model()))
         run_worker(channel, setup)
     return 0
@@ -46,13 +48,12 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     try:
         job = prepare(config, channel.size)
         directory = open_run_directory(config)
-    except UsageError:
+    except UsageError as error:
         for rank in workers:
             channel.send(rank, None)
-        channel.flush()
-        raise
+        return refuse(error)
     for rank in workers:
-        channel.send(rank, job.setup)
+        channel.send(rank, (job.setup, str(directory.path.absolute())))
     places = [(host_name(), cpu_model()), *(channel.receive(rank, channel.deadline_s)[1] for rank in workers)]
     write_description(directory, job, places)
     directory.write_status({"state": "loading"})

@@ -2,18 +2,46 @@
 
 import pickle
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import suppress
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from dejavu.errors import DeadlineError
+from dejavu.errors import DeadlineError, PeerLostError
 from dejavu.transport.waiting import Doorbell, Patience, new_job_name
 
 CONTROL, TENSOR = 1, 2
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+OPEN: set["Channel"] = set()  # all channels of this process
+
+
+def naming_the_lost(
+    method: Callable[Concatenate["Channel", Parameters], Result],
+) -> Callable[Concatenate["Channel", Parameters], Result]:
+    """Let a method of Channel raise PeerLostError where MPI reports that a rank has died."""
+
+    @wraps(method)
+    def checked(self: "Channel", /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return method(self, *args, **kwargs)
+        except MPI.Exception as error:
+            if lost := self.lost_ranks():
+                names = ", ".join(f"{rank} on {self.hosts[rank]}" for rank in lost)
+                raise PeerLostError(
+                    f"rank {names} died: look for its last words above, and in `dmesg` for a lack of memory"
+                ) from error
+            if error.Get_error_class() == MPI.ERR_REVOKED:
+                raise PeerLostError("another rank has ended the job: look for its error above") from error
+            raise
+
+    return checked
 
 
 class Channel:
@@ -32,6 +60,7 @@ class Channel:
         self.pending: deque[tuple[MPI.Request, object]] = deque()  # with the memory that MPI may still use
         self.doorbell = Doorbell(self.comm.bcast(new_job_name()), self.rank)
         self.hosts: list[str] = self.comm.allgather(socket.gethostname())
+        OPEN.add(self)
         self.near = {rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]} - {self.rank}
 
     def send(self, dest: int, message: object) -> None:
@@ -43,6 +72,7 @@ class Channel:
         """Post a contiguous CPU tensor to `dest`, which has to know its size; it must not change until it is sent."""
         self.post(dest, TENSOR, as_bytes(tensor), tensor)
 
+    @naming_the_lost
     def post(self, dest: int, tag: int, data: Any, memory: object) -> None:
         """Send bytes, wake the receiver, and hold `memory` until the send is complete."""
         request = self.comm.Isend([data, MPI.BYTE], dest, tag)
@@ -57,6 +87,7 @@ class Channel:
         while self.pending and self.pending[0][0].Test():
             self.pending.popleft()
 
+    @naming_the_lost
     def poll(self, source: int = MPI.ANY_SOURCE) -> tuple[int, Any] | None:
         """Give (rank, object) if one has come, else None."""
         self.reap()
@@ -75,6 +106,7 @@ class Channel:
             patience.pause()
         return item
 
+    @naming_the_lost
     def receive_tensor(self, source: int, out: Tensor) -> Tensor:
         """Wait for the tensor that `source` sent and put it into `out`, contiguous and of the same size."""
         request = self.comm.Irecv([as_bytes(out), MPI.BYTE], source, TENSOR)
@@ -102,10 +134,19 @@ class Channel:
             total += mine if rank == self.rank else self.receive_tensor(rank, part)
         tensor.copy_(total)
 
+    def lost_ranks(self) -> list[int]:
+        """Give the ranks that MPI knows to have died; none where it does not watch them (no ULFM)."""
+        try:
+            failed = self.comm.Get_failed()
+        except (MPI.Exception, NotImplementedError):
+            return []
+        return sorted(failed.Translate_ranks(list(range(failed.Get_size())), self.comm.Get_group()))
+
     def patience(self, what: str, deadline_s: float | None) -> Patience:
         """Begin a wait that sleeps at this rank's doorbell."""
         return Patience(what, deadline_s, self.doorbell.sleep)
 
+    @naming_the_lost
     def wait(self, ready: Callable[[], bool], what: str) -> None:
         """Return when `ready()` is true; raise DeadlineError after the channel's deadline."""
         if ready():
@@ -129,7 +170,18 @@ class Channel:
         request = self.comm.Ibarrier()
         self.wait(request.Test, "the other ranks to close")
         self.doorbell.close()
+        OPEN.remove(self)
         self.comm.Free()
+
+
+def revoke_all() -> None:
+    """Let every rank that waits at a channel, or at COMM_WORLD, fail at once; for a rank that has to leave the job."""
+    for comm in [MPI.COMM_WORLD, *(channel.comm for channel in OPEN)]:
+        with suppress(MPI.Exception):
+            comm.Revoke()
+    for _ in range(10):  # messages to other hosts leave in later calls of MPI
+        MPI.COMM_SELF.Iprobe()
+        time.sleep(0.005)
 
 
 def as_bytes(tensor: Tensor) -> Any:
