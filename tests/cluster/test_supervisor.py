@@ -123,6 +123,17 @@ def test_orphans_that_hold_the_output_open_are_swept(tmp_path):
     assert ended(job.mark)
 
 
+@pytest.fixture
+def heeded_signals():
+    """Heed the signals that a shell's background job, or nohup, ignores from its start on."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_ends_the_whole_job(tmp_path, signum, exit_code):
     job = Job(tmp_path, "trap '' TERM INT; setsid sleep 100 & while true; do sleep 0.1; done")
