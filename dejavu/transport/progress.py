@@ -1,5 +1,6 @@
 """Transfers that the host brings to their end: a thread advances them, streams wait at gates."""
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -223,6 +224,8 @@ def _advance(transfer: HostTransfer, steps: Steps) -> bool | None:
     try:
         if transfer.is_cancelled:
             transfer.is_cancelled = False
+            if inspect.getgeneratorstate(steps) == inspect.GEN_CREATED:
+                next(steps)  # so that it clears up after itself
             return steps.throw(cancelled())
         return next(steps)
     except StopIteration:

@@ -48,6 +48,12 @@ def make_mpi(setting):
     return MpiCarrier(setting.device, MPI.COMM_WORLD, gathering=setting.gathering)
 
 
+def make_disk(setting):
+    from dejavu.transport.disk import DiskStore
+
+    return DiskStore(setting.device, setting.directory, rank=setting.rank, gathering=setting.gathering, fsync=False)
+
+
 def make_ipc(setting):
     from dejavu.transport.ipc import IpcCarrier
 
@@ -62,9 +68,17 @@ def make_rma(setting):
     return RmaCarrier(setting.device, MPI.COMM_WORLD, gathering=setting.gathering)
 
 
+def make_tcp(setting):
+    from dejavu.transport.tcp import TcpCarrier
+
+    return TcpCarrier(setting.device, setting.rank, setting.exchange, gathering=setting.gathering, num_streams=2)
+
+
 CARRIERS = {
     "local": Kind("store", make_local),
+    "disk": Kind("store", make_disk),
     "ipc": Kind("plain", make_ipc),
     "mpi": Kind("mpirun", make_mpi),
     "rma": Kind("mpirun", make_rma),
+    "tcp": Kind("plain", make_tcp),
 }
