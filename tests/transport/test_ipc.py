@@ -1,0 +1,173 @@
+"""What only the `ipc` carrier does; both ranks live in this process, one thread each while they connect."""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from dejavu.device import make_pieces, open_device
+from dejavu.errors import DeadlineError, TransferError
+from dejavu.transport import ipc_line
+from dejavu.transport.carrier import UnavailableError
+from dejavu.transport.ipc import IpcCarrier
+from dejavu.transport.ipc_messages import Kind, Post, Register, pack_number, split_kind, unpack_number
+from tests.transport.region import Region, contents, contiguous, scattered
+
+
+class Meeting:
+    """Be an allgather between threads."""
+
+    def __init__(self, size):
+        self.barrier = threading.Barrier(size, timeout=20)
+        self.data = [b""] * size
+
+    def exchange(self, rank):
+        def gather(data):
+            self.data[rank] = data
+            self.barrier.wait()
+            result = list(self.data)
+            self.barrier.wait()
+            return result
+
+        return gather
+
+
+@pytest.fixture
+def device():
+    with open_device("cpu") as opened:
+        yield opened
+
+
+def connect(device, size):
+    meeting = Meeting(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: IpcCarrier(device, rank, meeting.exchange(rank)), range(size)))
+
+
+@pytest.fixture
+def pair(device):
+    carriers = connect(device, 2)
+    yield carriers
+    for carrier in carriers:
+        carrier.close()
+
+
+def move(device, pair, region, into, key=1):
+    sending = pair[0].send(1, key, region.memory, region.pieces, stream=device.compute_stream)
+    receiving = pair[1].receive(0, key, into.memory, into.pieces, stream=device.compute_stream)
+    receiving.wait(10)
+    sending.wait(10)
+    assert np.array_equal(into.read(), region.read())
+
+
+def test_four_ranks_reach_each_other(device):
+    carriers = connect(device, 4)
+    regions = {(a, b): Region(device, scattered(5000, 9, 4 * a + b)) for a in range(4) for b in range(4) if a != b}
+    for (a, b), region in regions.items():
+        region.write(contents(5000, 4 * a + b))
+        carriers[a].send(b, 7, region.memory, region.pieces, stream=device.compute_stream)
+    for a, b in regions:
+        into = Region(device, contiguous(5000))
+        carriers[b].receive(a, 7, into.memory, into.pieces, stream=device.compute_stream).wait(10)
+        assert np.array_equal(into.read(), contents(5000, 4 * a + b))
+    for carrier in carriers:
+        carrier.close()
+
+
+def test_ranks_that_cannot_share_memory_are_named(device, monkeypatch):
+    hosts = iter(["a/1", "b/2"])
+    monkeypatch.setattr(ipc_line, "this_host", lambda: next(hosts))
+    first, second = connect(device, 2)
+    region = Region(device, contiguous(10))
+    for carrier, peer in ((first, 1), (second, 0)):
+        with pytest.raises(UnavailableError, match="use mpi, tcp or nccl"):
+            carrier.send(peer, 1, region.memory, region.pieces, stream=device.compute_stream)
+        assert "b/2" in carrier.unavailable(peer)
+    with pytest.raises(UnavailableError, match="rank 5"):
+        first.receive(5, 1, region.memory, region.pieces, stream=device.compute_stream)
+    first.close()
+    second.close()
+
+
+def test_memory_without_a_descriptor_is_refused_as_a_target_only(device, pair):
+    with device.register_host(torch.zeros(100, dtype=torch.uint8)) as plain:
+        pieces = make_pieces([0], [0], [100])
+        with pytest.raises(UnavailableError, match="allocate_exportable"):
+            pair[1].receive(0, 1, plain, pieces, stream=device.compute_stream)
+        into = Region(device, contiguous(100))
+        receiving = pair[1].receive(0, 1, into.memory, into.pieces, stream=device.compute_stream)
+        pair[0].send(1, 1, plain, pieces, stream=device.compute_stream).wait(10)
+        receiving.wait(10)
+        assert not into.read().any()
+
+
+def test_a_buffer_is_introduced_once_and_can_be_withdrawn(device, pair):
+    region, into = Region(device, contiguous(3000)), Region(device, contiguous(3000))
+    for seed in range(5):
+        region.write(contents(3000, seed))
+        move(device, pair, region, into)
+    assert len(pair[0]._peers[1].imports._mapped) == 1
+    pair[1].unregister(into.memory)
+    move(device, pair, region, Region(device, contiguous(3000)))  # behind the withdrawal, on the same line
+    assert len(pair[0]._peers[1].imports._mapped) == 1
+    move(device, pair, region, into)  # a withdrawn one is introduced anew
+    assert len(pair[0]._peers[1].imports._mapped) == 2
+
+
+def test_nothing_is_written_behind_a_cancelled_receive(device, pair):
+    """Cancel a receive whose copies wait on the sender's stream: it ends only when they have."""
+    region, into = Region(device, contiguous(1000)), Region(device, contiguous(1000))
+    flag = device.allocate_host(4)
+    with device.create_stream("held") as held:
+        device.wait_flag(flag, 1, stream=held)
+        receiving = pair[1].receive(0, 1, into.memory, into.pieces, stream=device.compute_stream)
+        sending = pair[0].send(1, 1, region.memory, region.pieces, stream=held)
+        assert sending._is_placed.wait(5)
+        receiving.cancel()
+        with pytest.raises(DeadlineError):
+            receiving.wait(0.1)
+        assert not receiving.done
+        device.write_flag(flag, 1, stream=device.compute_stream)
+        for transfer in (receiving, sending):
+            with pytest.raises(TransferError, match="cancel"):
+                transfer.wait(5)
+
+
+def test_a_closed_peer_fails_what_waits_for_it(device, pair):
+    region = Region(device, contiguous(1000))
+    waiting = pair[0].receive(1, 1, region.memory, region.pieces, stream=device.compute_stream)
+    pair[1].close()
+    with pytest.raises(TransferError, match="closed"):
+        waiting.wait(5)
+
+
+def test_a_key_in_use_is_refused(device, pair):
+    region = Region(device, contiguous(10))
+    pair[0].send(1, 1, region.memory, region.pieces, stream=device.compute_stream)
+    with pytest.raises(TransferError, match="key 1"):
+        pair[0].send(1, 1, region.memory, region.pieces, stream=device.compute_stream)
+    pair[1].receive(0, 2, region.memory, region.pieces, stream=device.compute_stream)
+    with pytest.raises(TransferError, match="key 2"):
+        pair[1].receive(0, 2, region.memory, region.pieces, stream=device.compute_stream).wait(5)
+
+
+def test_messages_come_back_as_they_were():
+    for register in (Register(3, 1 << 40, True, None), Register(4, 5, False, bytes(range(64)))):
+        kind, body = split_kind(register.pack())
+        assert (kind, Register.unpack(body)) == (Kind.REGISTER, register)
+    assert unpack_number(split_kind(pack_number(Kind.FAIL, 9, "why"))[1]) == (9, "why")
+    for num_pieces in (0, 1, 1024, 1025, 20_000):
+        pieces = make_pieces(np.arange(num_pieces) * 3, np.arange(num_pieces), 1)
+        message, fd = Post(1, -5, 2, 3, 4, pieces).pack()
+        post = Post.unpack(split_kind(message)[1], [] if fd is None else [fd])
+        assert (fd is not None) == (num_pieces > 1024)
+        assert (post.number, post.key, post.memory_id, post.word, post.value) == (1, -5, 2, 3, 4)
+        assert all(np.array_equal(getattr(post.pieces, n), getattr(pieces, n)) for n in ("source", "target", "nbytes"))
+        if fd is not None:
+            os.close(fd)
+    for wrong in (b"", b"\xff123"):
+        with pytest.raises(TransferError):
+            split_kind(wrong)
