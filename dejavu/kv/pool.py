@@ -86,6 +86,7 @@ class KVPool(Closing):
         capacity = rows.max_blocks * rows.block_size
         shape = rows.num_microbatches, rows.num_rows, capacity, layout.num_layers
         self._state = np.zeros(shape, dtype=np.uint8)
+        self._num_landings = np.zeros(shape[:2], dtype=np.int64)  # that are open
         self._reach = np.zeros(shape[:2], dtype=np.int64)  # no token at or behind it has been received
 
     @property
@@ -107,7 +108,7 @@ class KVPool(Closing):
     def release(self, key: Hashable) -> list[int]:
         """Free the row of `key` and give back its block ids; no transfer may be writing into it."""
         place = self.places[key]
-        assert not (self._state[place] == WRITING).any(), f"a transfer writes into {key}: cancel it, and wait for it"
+        assert not self._num_landings[place], f"a transfer writes into {key}: cancel it, and wait for it"
         del self.places[key]
         self._state[place] = VOID
         self._reach[place] = 0
@@ -140,23 +141,30 @@ class KVPool(Closing):
         window = self.layout.window.clip_layers(first_layer, last_layer)
         landing = Landing(self, tuple(spans), window.first_layer, window.last_layer)
         for microbatch, row, start, stop in spans:
-            assert stop <= self.rows.capacity(microbatch, row), (microbatch, row, stop)
+            assert self.rows.table[microbatch, row, (stop - 1) // self.rows.block_size] >= 0, (microbatch, row, stop)
             self._void(microbatch, row, start)
             part = self._part(microbatch, row, start, stop, window.first_layer, window.last_layer)
-            assert not (part == WRITING).any(), f"two transfers into tokens [{start}, {stop}) of {(microbatch, row)}"
+            is_taken = self._num_landings[microbatch, row] and (part == WRITING).any()
+            assert not is_taken, f"two transfers into tokens [{start}, {stop}) of row {(microbatch, row)}"
             part[...] = WRITING
-            self._reach[microbatch, row] = max(self._reach[microbatch, row], stop)
+            self._num_landings[microbatch, row] += 1
+            if stop > self._reach[microbatch, row]:
+                self._reach[microbatch, row] = stop
         return landing
 
     def arrive(self, landing: "Landing", first_layer: int, last_layer: int) -> None:
         """Mark layers of a landing as arrived, and tokens as valid that have all layers now."""
+        is_whole = last_layer - first_layer == self.layout.num_layers
         for microbatch, row, start, stop in landing.spans:
             self._part(microbatch, row, start, stop, first_layer, last_layer)[...] = ARRIVED
+            if is_whole and start <= self.rows.length[microbatch, row] < stop:
+                self.rows.length[microbatch, row] = stop
             self._advance(microbatch, row)
 
     def end(self, landing: "Landing", *, keep: bool) -> None:
-        """Make void what a landing has not brought, and unless `keep` what it has brought, too."""
+        """End a landing: make void what it has not brought, and unless `keep` what it has brought, too."""
         for microbatch, row, start, stop in landing.spans:
+            self._num_landings[microbatch, row] -= 1
             part = self._part(microbatch, row, start, stop, landing.first_layer, landing.last_layer)
             if keep:
                 part[part == WRITING] = VOID
@@ -208,7 +216,7 @@ class Landing:
     def commit(self) -> None:
         """State that all is here, and end."""
         self.arrive(self.first_layer, self.last_layer)
-        self.is_open = False
+        self.close()
 
     def close(self) -> None:
         """End with what is here; a second call, or one after `commit` or `abort`, does nothing."""
