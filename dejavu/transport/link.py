@@ -41,7 +41,8 @@ class Wire(Closing):
         self.idle_nap_s: float | None = None  # without any; None where the wire can always wake the thread
         self.lost: dict[int, str] = {}
         self.users: Counter[int] = Counter()  # transfers under way, by peer
-        self.deliver: Callable[[int, Note], None] = lambda peer, note: None
+        self.deliver: Callable[[int, Note], None] = lambda peer, note: None  # these two are the carrier's
+        self.find: Callable[[int, int], Incoming | None] = lambda peer, number: None
 
     @abstractmethod
     def post(self, peer: int, note: Note) -> None:
@@ -142,7 +143,6 @@ class LinkCarrier(Carrier):
         self.device = device
         self.gathering = gathering
         self.wire = wire
-        wire.deliver = self._deliver
         self._gates = Gates(device)
         # On a CPU the progress thread copies by itself; elsewhere each direction has a stream.
         self._own_streams = (
@@ -155,6 +155,8 @@ class LinkCarrier(Carrier):
         self._outgoing: dict[tuple[int, int], Outgoing] = {}
         self._incoming: dict[tuple[int, int], Incoming] = {}
         self._last_number = 0
+        wire.deliver = self._deliver
+        wire.find = lambda peer, number: self._incoming.get((peer, number))
         self._progress = LinkProgress(self.name, wire)
         self._progress.begin()
 
@@ -279,6 +281,8 @@ class LinkCarrier(Carrier):
             raise parcel.error
 
     def _pull(self, parcel: Incoming) -> bool:
+        if parcel.failure is not None and not parcel.is_void:
+            raise parcel.failure
         has_landed = parcel.poll()
         return (parcel.is_going and self.wire.pull(parcel)) or has_landed
 

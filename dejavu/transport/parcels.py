@@ -170,6 +170,7 @@ class Incoming(Parcel):
         self.limit = self.count
         self.is_going = False  # whether the sender has begun
         self.is_stopped = False  # whether the sender has said that it sends no more than `limit`
+        self.failure: Exception | None = None  # of a copy, found while the wire was read
         self.is_void = False  # whether what still arrives is dropped
 
     def fill(self, loan: Loan) -> None:

@@ -1,6 +1,6 @@
 """The `rma` carrier: MPI_Put into a window of the receiver, with flags for what has arrived and what is free.
 
-Each rank's window holds lanes of slots, and counters beside them. A sender that says GO is granted a lane. It puts chunk
+Each rank's window holds lanes of slots, and counters beside them. A sender that says GO gets a lane: it puts chunk
 i into slot i % SLOTS of the lane, flushes, and then writes the lane's arrival counter; the receiver copies the chunk to
 where it belongs and writes the credit counter in the sender's window. Counters only grow, and a grant says where they
 stand, so that nothing has to be reset. Only GO, GRANT and the like are messages. A put to a dead rank gives no error:
@@ -14,6 +14,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from dejavu.device.base import Buffer, Device
+from dejavu.device.cpu_copy import array_at
 from dejavu.transport.carrier import Gathering
 from dejavu.transport.link import LinkCarrier
 from dejavu.transport.mpi_wire import MpiWire, bytes_of
@@ -78,7 +79,7 @@ class WindowWire(MpiWire):
         self.layout = Layout(self.size, chunk_bytes)
         self.window = MPI.Win.Allocate(self.layout.nbytes, 1, comm=self.comm)
         self.window.Set_errhandler(MPI.ERRORS_RETURN)
-        self.bytes: NDArray[np.uint8] = np.frombuffer(memoryview(self.window), dtype=np.uint8)
+        self.bytes: NDArray[np.uint8] = array_at(int(self.window.Get_attr(MPI.WIN_BASE) or 0), (self.layout.nbytes,))
         self.bytes[: self.layout.data] = 0
         self.memory = register(device, self.bytes)
         self.window.Lock_all(MPI.MODE_NOCHECK)

@@ -136,7 +136,14 @@ def test_a_replayed_handshake_is_refused(secret):
 def test_a_reflected_proof_is_refused(secret):
     """Send a listener its own proof back, as a caller that plays two connections against each other would."""
     ours, theirs = socket.socketpair()
-    listening = threading.Thread(target=lambda: pytest.raises(HandshakeError, welcome, theirs, secret, 0, 2))
+    refused = []
+
+    def listen():
+        with pytest.raises(HandshakeError):
+            welcome(theirs, secret, 0, 2)
+        refused.append(True)
+
+    listening = threading.Thread(target=listen)
     listening.start()
     hello = receive_exactly(ours, 44, time.monotonic() + 5)
     nonce = hello[-32:]
@@ -144,6 +151,7 @@ def test_a_reflected_proof_is_refused(secret):
     ours.sendall(struct.pack("<8sIIII32s32s", b"dejavuTC", 1, 1, 0, 0, nonce, proof))
     theirs.shutdown(socket.SHUT_WR)
     listening.join()
+    assert refused
     assert is_refused(ours)
 
 
