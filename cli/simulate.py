@@ -58,6 +58,7 @@ SWEEP_COLUMNS = {
     "--prompt-chunk", type=int, default=0, show_default=True, help="Cut prompts into chunks of so many tokens."
 )
 @click.option("--max-prompt-tokens", type=int, default=8192, show_default=True, help="Most prompt tokens of a pass.")
+@click.option("--admit-ms", type=float, default=0.5, show_default=True, help="Until stage 0 hears of a request's row.")
 @click.option("--prompt-ahead", type=int, help="Most prompts done without a token row waiting; any number by default.")
 @click.option("--hop-ms", type=float, default=0.0, show_default=True, help="Time from one stage to the next.")
 @click.option("--swap-bytes", type=float, help="Swap: KV bytes per token and row in one stage.")
@@ -168,7 +169,8 @@ def make_setup(options: dict[str, Any]) -> Any:
         pipelines = (prompt, PipelineSetup(options["token_stages"], times, "token", swap=swap, **same))
     else:
         pipelines = (PipelineSetup(options["stages"], times, swap=swap, **same),) * options["replicas"]
-    return Setup(pipelines, options["cache_ms"] / 1e3, options["prompt_ahead"], make_failures(options, split))
+    delays = {"cache_s": options["cache_ms"] / 1e3, "admission_s": options["admit_ms"] / 1e3}
+    return Setup(pipelines, **delays, prompt_ahead=options["prompt_ahead"], failures=make_failures(options, split))
 
 
 def make_failures(options: dict[str, Any], split: bool) -> tuple[Any, ...]:

@@ -6,93 +6,12 @@ microbatches only moves the state later by a constant, further such turns are do
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from dejavu.measure.records import StepKind
 from dejavu.planning.flow import SAME_S, Flow, StagedFlow
+from dejavu.planning.microbatch import INFINITY, Done, Job, Mark, Microbatch, Pass, Seat
 from dejavu.planning.setup import Failure, PipelineSetup
-
-INFINITY = float("inf")
-
-
-@dataclass(slots=True)
-class Job:
-    """Follow a request: what its prompt pass has to process, and the tokens it still has to produce."""
-
-    request: int
-    context: int
-    tokens_left: int
-    prompt_left: int
-    order: int = 0
-
-
-class Seat(NamedTuple):
-    """Say after which token step of its microbatch a request ends."""
-
-    last_step: int
-    order: int
-    job: Job
-
-
-class Pass(NamedTuple):
-    """Record one pass through one stage, in seconds."""
-
-    stage: int
-    microbatch: int
-    step: int
-    kind: StepKind
-    num_rows: int
-    num_tokens: int
-    start_s: float
-    end_s: float
-
-
-@dataclass(slots=True)
-class Microbatch:
-    """Hold the rows of one microbatch; `ready_s` is when its pass under way ends, or its next one may start."""
-
-    index: int
-    num_rows: int
-    ready_s: float = 0.0
-    in_line: bool = False  # waits for its turn, or has a pass under way
-    passes: int = 0
-    steps: int = 0  # token steps done
-    context: int = 0  # tokens in the cache, over the active rows
-    pending: list[Job] = field(default_factory=list)  # seated, prompt not done
-    prompting: list[tuple[Job, int]] = field(default_factory=list)  # in the pass under way, with so many prompt tokens
-    active: list[Seat] = field(default_factory=list)  # a heap, the first to end first
-    stepping: int = 0  # rows that take a token step in the pass under way
-    step_s: float = 0.0  # of a token step before number `same_until`
-    same_until: int = 0
-
-    @property
-    def num_free(self) -> int:
-        """Give the number of free rows."""
-        return self.num_rows - len(self.pending) - len(self.active)
-
-    def move_on(self, steps: int, seconds: float) -> None:
-        """Take `steps` token steps in `seconds`, in which no request ends."""
-        self.ready_s += seconds
-        self.steps += steps
-        self.passes += steps
-        self.context += steps * len(self.active)
-
-
-class Mark(NamedTuple):
-    """Remember a pipeline's state when a microbatch took its turn, to see what a whole turn changes."""
-
-    changes: int
-    microbatch: Microbatch | None
-    num_passes: int
-    state: list[float]
-
-
-class Done(NamedTuple):
-    """Report a token that matters: a request's first, or its last."""
-
-    time_s: float
-    job: Job
+from dejavu.planning.steady import space_out, steady_turn_s, turns_to_skip
 
 
 class Pipeline:
@@ -193,19 +112,23 @@ class Pipeline:
             self.next_index = microbatch.index + 1
             under_way.rotate(-1)
 
-    def seat(self, microbatch: Microbatch, job: Job, now_s: float) -> None:
-        """Give a request a free row."""
+    def seat(self, microbatch: Microbatch, job: Job, seen_s: float) -> None:
+        """Give a request a free row; stage 0 hears of it at `seen_s`."""
         assert microbatch.num_free > 0
+        job.seen_s = seen_s
         microbatch.pending.append(job)
         self.changes += 1
         if not microbatch.in_line:
-            microbatch.ready_s = now_s
+            microbatch.ready_s = seen_s
             self.enter_line(microbatch)
 
     def enter_line(self, microbatch: Microbatch) -> None:
-        """Let a microbatch wait for its turn."""
+        """Let a microbatch wait for its turn, before those that are ready later."""
         microbatch.in_line = True
-        self.line.append(microbatch)
+        place = len(self.line)
+        while place and self.line[place - 1].ready_s > microbatch.ready_s:
+            place -= 1
+        self.line.insert(place, microbatch)
 
     def choose(self, start_s: float) -> Microbatch:
         """Take the next microbatch out of the line: round robin among those that are ready."""
@@ -222,7 +145,7 @@ class Pipeline:
     def start_pass(self, microbatch: Microbatch, start_s: float, horizon_s: float) -> None:
         """Send a microbatch's next pass on its way."""
         if microbatch.pending:
-            self.take_prompts(microbatch)
+            self.take_prompts(microbatch, start_s)
         elif not self.record:
             start_s += self.skip_turns(microbatch, start_s, horizon_s)
         chunked = self.setup.prompt_chunk > 0
@@ -239,16 +162,17 @@ class Pipeline:
         if self.record:
             self.note(microbatch)
 
-    def take_prompts(self, microbatch: Microbatch) -> None:
+    def take_prompts(self, microbatch: Microbatch, start_s: float) -> None:
         """Choose the prompts, or the parts of them, that go into the next pass; a token pipeline finds them done."""
-        self.changes += 1
+        seen = [job for job in microbatch.pending if job.seen_s <= start_s + SAME_S]
+        self.changes += bool(seen)
         if self.setup.role == "token":
-            for job in microbatch.pending:
+            for job in seen:
                 self.activate(microbatch, job)
-            microbatch.pending.clear()
+                microbatch.pending.remove(job)
             return
         budget = self.setup.prompt_chunk or self.setup.max_prompt_tokens
-        for job in microbatch.pending:
+        for job in seen:
             num_tokens = min(job.prompt_left, budget) if self.setup.prompt_chunk else job.prompt_left
             if microbatch.prompting and (num_tokens > budget or not num_tokens):
                 break
@@ -285,8 +209,10 @@ class Pipeline:
         if microbatch.prompting:
             self.count_prompts(microbatch)
         microbatch.passes += 1
+        if not microbatch.active and microbatch.pending:
+            microbatch.ready_s = max(microbatch.ready_s, microbatch.pending[0].seen_s)
         if microbatch.active or microbatch.pending:
-            self.line.append(microbatch)
+            self.enter_line(microbatch)
         else:
             microbatch.in_line = False
             self.changes += 1
@@ -338,7 +264,7 @@ class Pipeline:
         turn_s = steady_turn_s(self, microbatch, start_s) if self.uniform else self.repeated_turn_s(microbatch)
         if turn_s is None:
             return 0.0
-        turns = turns_to_skip(self, microbatch, turn_s, horizon_s)
+        turns = turns_to_skip(self, microbatch, turn_s, horizon_s - start_s)
         if horizon_s == INFINITY and not self.setup.times.context_step:
             self.settled = self.changes  # what is left is less than a turn
         if turns <= 0:
@@ -349,6 +275,8 @@ class Pipeline:
         self.flow.shift(turns * turn_s)
         for other in (microbatch, *others):
             other.move_on(turns, turns * turn_s)
+        if self.uniform:
+            space_out(self, microbatch, start_s + (turns - 1) * turn_s)
         self.mark = Mark(-1, None, 0, [])
         return turns * turn_s
 
@@ -421,67 +349,3 @@ def lose_kv(microbatch: Microbatch) -> list[Job]:
     for job in microbatch.pending:
         job.prompt_left = job.context
     return list(microbatch.pending)
-
-
-def steady_turn_s(pipeline: Pipeline, microbatch: Microbatch, start_s: float) -> float | None:
-    """Give the time of a turn where all steps take equally long and nothing but steps is under way.
-
-    Either stage 0 never waits (each microbatch is back before it is free), or no pass ever waits for another.
-    """
-    assert isinstance(pipeline.flow, Flow)
-    setup, flow, line = pipeline.setup, pipeline.flow, pipeline.line
-    step_s = pipeline.step_s(microbatch)
-    if len(flow.lines) > 1 or (flow.lines and flow.lines[0][1] != step_s + setup.hop_s):
-        return None
-    through_s = setup.stages * step_s + (setup.stages - 1) * setup.hop_s
-    full_turn_s = (1 + len(line) + len(pipeline.under_way)) * step_s
-    if full_turn_s > through_s - SAME_S:
-        return full_turn_s if is_back_in_time(pipeline, microbatch, start_s, step_s) else None
-    due_s = start_s - SAME_S
-    for other in (*line, *pipeline.under_way):
-        due_s += step_s
-        if other.ready_s < due_s:
-            return None
-        due_s = other.ready_s
-    return through_s if start_s + through_s > due_s + step_s - SAME_S else None
-
-
-def is_back_in_time(pipeline: Pipeline, microbatch: Microbatch, start_s: float, step_s: float) -> bool:
-    """Tell whether stage 0 never waits in the next turn, and whether the turns after it have the same order."""
-    count = len(pipeline.microbatches)
-    line = sorted(pipeline.line, key=lambda other: (other.index - microbatch.index) % count)
-    due_s, crowded = start_s, False
-    for other in (*line, *pipeline.under_way):
-        crowded |= other.ready_s <= due_s + SAME_S  # two wait at once: round robin decides, not who is back first
-        due_s += step_s
-        if other.ready_s > due_s + SAME_S:
-            return False
-    order = [(other.index - microbatch.index) % count for other in (*line, *pipeline.under_way)]
-    return not crowded or order == sorted(order)
-
-
-def turns_to_skip(pipeline: Pipeline, microbatch: Microbatch, turn_s: float, horizon_s: float) -> int:
-    """Count the turns in which no request ends, no time of a step changes, and nothing comes from outside."""
-    taking_part = [microbatch, *pipeline.line, *pipeline.under_way]
-    turns = min([other.active[0].last_step - other.steps if other.active else 0 for other in taking_part]) - 1
-    if any(other.prompting or other.pending for other in taking_part):
-        return 0
-    if horizon_s < INFINITY and turn_s > 0:
-        latest_s = max([other.ready_s for other in taking_part])
-        turns = min(turns, int((horizon_s - latest_s) / turn_s) - 1)
-    if turns <= 0 or pipeline.uniform:
-        return turns
-    return min([turns, *[steps_alike(pipeline, other) for other in taking_part]])
-
-
-def steps_alike(pipeline: Pipeline, microbatch: Microbatch) -> int:
-    """Count the token steps of a microbatch that take as long as its next one, without waiting for a fetch."""
-    pipeline.step_s(microbatch)
-    alike: float = microbatch.same_until - microbatch.steps
-    swap = pipeline.setup.swap
-    if swap and swap.bytes_per_token and len(pipeline.microbatches) > 2:
-        shortest_s = min([pipeline.step_s(other) for other in pipeline.microbatches if other.active])
-        alike = min(
-            alike, (shortest_s * swap.bandwidth / swap.bytes_per_token - microbatch.context) / len(microbatch.active)
-        )
-    return int(alike) - 1

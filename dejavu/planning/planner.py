@@ -14,6 +14,7 @@ from dejavu.planning.times import StageTimes, check_times
 
 INFINITY = float("inf")
 GB = 1e9
+ADMISSION_S = 0.5e-3  # from the controller to stage 0, as measured between ranks of one host
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 LayoutKind = Literal["colocated", "data-parallel", "disaggregated"]
@@ -280,12 +281,12 @@ def make_setup(task: Task, layout: Layout) -> Setup:
         swap = Swap(kv, task.machine.host_bandwidth)
     if not layout.prompt_stages:
         times = task.times.stage(layout.stages, layout.tp)
-        return Setup((PipelineSetup(layout.stages, times, rows=layout.batch, swap=swap),) * layout.replicas)
+        pipeline = PipelineSetup(layout.stages, times, rows=layout.batch, swap=swap)
+        return Setup((pipeline,) * layout.replicas, admission_s=ADMISSION_S)
     prompt = task.times.stage(layout.prompt_stages, layout.tp, task.stream_slowdown)
     token = task.times.stage(layout.stages, layout.tp)
-    return Setup(
-        (side(layout.prompt_stages, prompt, "prompt", layout), side(layout.stages, token, "token", layout, swap))
-    )
+    prompts = side(layout.prompt_stages, prompt, "prompt", layout)
+    return Setup((prompts, side(layout.stages, token, "token", layout, swap)), admission_s=ADMISSION_S)
 
 
 def side(stages: int, times: StageTimes, role: PipelineRole, layout: Layout, swap: Swap | None = None) -> PipelineSetup:

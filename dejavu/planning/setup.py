@@ -87,18 +87,21 @@ class Failure:
 class Setup:
     """Describe pipelines that share one queue of requests, first come first served.
 
-    A request takes a row of the emptiest microbatch. In a disaggregated setup it takes one of a prompt pipeline, and
-    `cache_s` after its first token one of a token pipeline; at most `prompt_ahead` requests (None: any number) are in
-    or past their prompt without a free row of a token pipeline waiting for them.
+    A request takes a row of the emptiest microbatch, and stage 0 hears of it `admission_s` later: with more than 0, a
+    microbatch whose row has just become free takes another step of its other rows before the next request's prompt. In
+    a disaggregated setup it takes a row of a prompt pipeline, and `cache_s` after its first token one of a token
+    pipeline; at most `prompt_ahead` requests (None: any number) are in or past their prompt without a free row of a
+    token pipeline waiting for them.
     """
 
     pipelines: tuple[PipelineSetup, ...]
     cache_s: float = 0.0
+    admission_s: float = 0.0
     prompt_ahead: int | None = None
     failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
-        check_times(cache_s=self.cache_s)
+        check_times(cache_s=self.cache_s, admission_s=self.admission_s)
         roles = {pipeline.role for pipeline in self.pipelines}
         if roles not in ({"both"}, {"prompt", "token"}):
             raise UsageError("pipelines have to be all for both, or some for prompts and the others for tokens")

@@ -14,7 +14,8 @@ from dejavu.errors import UsageError
 from dejavu.measure.records import RequestRecord, StepRecord
 from dejavu.planning.flow import SAME_S
 from dejavu.planning.lengths import Lengths
-from dejavu.planning.pipeline import INFINITY, Job, Microbatch, Pipeline
+from dejavu.planning.microbatch import INFINITY, Job, Microbatch
+from dejavu.planning.pipeline import Pipeline
 from dejavu.planning.setup import Failure, PipelineSetup, Setup
 from dejavu.request import FinishReason
 
@@ -212,7 +213,7 @@ class Simulation:
         self.now_s = max(self.now_s, time_s)
         _, _, job = heapq.heappop(pool.waiting)
         pipeline, microbatch = pool.emptiest()
-        pipeline.seat(microbatch, job, self.now_s)
+        pipeline.seat(microbatch, job, self.now_s + self.setup.admission_s)
         pool.num_free -= 1
         if self.admitted_s[job.request] != self.admitted_s[job.request]:
             self.admitted_s[job.request] = self.now_s

@@ -56,9 +56,10 @@ def paper_disaggregated(outputs, prompt_stages, token_stages, prompt_s, token_s,
 class Engine:
     """Serve by the engine's rules: `pipelines` are (role, stages, rows); times are of every pass in every stage."""
 
-    def __init__(self, requests, pipelines, prompt_s, token_s, cache_s=0.0):
+    def __init__(self, requests, pipelines, prompt_s, token_s, cache_s=0.0, admission_s=0.0):
         self.requests, self.times, self.cache_s = requests, (prompt_s, token_s), cache_s
         self.events, self.count = [], 0
+        self.admission_s, self.seen = admission_s, {}
         self.left = [output for _, output, _ in requests]
         self.first, self.finish = [None] * len(requests), [None] * len(requests)
         self.queues = {"in": deque(), "token": deque()}
@@ -85,20 +86,22 @@ class Engine:
                 _, _, kind, data = heapq.heappop(self.events)
                 if kind in self.queues:
                     self.queues[kind].append(data[0])
-                else:
+                elif kind == "leave":
                     self.leave(now, *data)
-            self.seat()
+            self.seat(now)
             for line in self.lines:
                 self.start(now, line)
         return self.first, self.finish
 
-    def seat(self):
+    def seat(self, now):
         for kind, queue in self.queues.items():
             places = [
                 m for line in self.lines if (line["role"] == "token") == (kind == "token") for m in line["microbatches"]
             ]
             while queue and (free := [m for m in places if len(m["seated"]) + len(m["active"]) < m["rows"]]):
                 emptiest = min(free, key=lambda m: len(m["seated"]) + len(m["active"]) - m["rows"])
+                self.seen[queue[0]] = now + self.admission_s
+                self.post(now + self.admission_s, "wake")
                 emptiest["seated"].append(queue.popleft())
 
     def start(self, now, line):
@@ -109,11 +112,12 @@ class Engine:
             microbatch = line["microbatches"][index]
             if head["busy"] or head["queue"] or microbatch["out"]:
                 continue
+            prompts = [request for request in microbatch["seated"] if self.seen[request] <= now + 1e-9]
             if line["role"] == "token":
-                microbatch["active"] += microbatch["seated"]
-                microbatch["seated"] = []
-            if microbatch["seated"] or microbatch["active"]:
-                prompts = list(microbatch["seated"])
+                microbatch["active"] += prompts
+                microbatch["seated"] = [request for request in microbatch["seated"] if request not in prompts]
+                prompts = []
+            if prompts or microbatch["active"]:
                 microbatch["out"], line["turn"] = True, index + 1
                 head["queue"].append((microbatch, prompts, self.times[not prompts]))
         self.serve(now, line)

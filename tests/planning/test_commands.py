@@ -83,7 +83,9 @@ def test_simulate_paper(run):
 def test_simulate_writes_what_it_says(run, tmp_path):
     trace = tmp_path / "few.json"
     trace.write_text("[[10, 1], [10, 5]]")
-    code, out, _ = run(f"simulate --trace {trace} --stages 4 --prompt-ms 10 --token-ms 1 --out o --trace-out t.json")
+    code, out, _ = run(
+        f"simulate --trace {trace} --stages 4 --prompt-ms 10 --token-ms 1 --admit-ms 0 --out o --trace-out t.json"
+    )
     assert code == 0  # fewer requests than stages
     (row,) = rows_of(out, "simulate")
     assert row["makespan_s"] == pytest.approx(0.050 + 4 * 0.004)

@@ -151,17 +151,23 @@ def workloads(draw):
     return requests_of(outputs, arrivals)
 
 
-def make_setup(layout, prompt_s, token_s, cache_s=0.0):
+def make_setup(layout, prompt_s, token_s, **delays):
     times = FixedTimes(prompt_s, token_s)
-    return Setup(tuple(PipelineSetup(stages, times, role, rows=rows) for role, stages, rows in layout), cache_s)
+    return Setup(tuple(PipelineSetup(stages, times, role, rows=rows) for role, stages, rows in layout), **delays)
 
 
 @settings(max_examples=150, deadline=None)
-@given(workloads(), LAYOUTS, st.sampled_from([(0.31415927, 0.02236068), (0.05, 0.05), (0.0132288, 0.1095445)]))
-def test_default_is_the_plain_engine(requests, layout, times):
-    first, finish = naive.Engine(requests, layout, *times, cache_s=0.0173205).run()
+@given(
+    workloads(),
+    LAYOUTS,
+    st.sampled_from([(0.31415927, 0.02236068), (0.05, 0.0479583), (0.0132288, 0.1095445)]),
+    st.sampled_from([0.0, 0.0005099, 0.0387298]),
+)
+def test_default_is_the_plain_engine(requests, layout, times, admission_s):
+    delays = {"cache_s": 0.0173205, "admission_s": admission_s}
+    first, finish = naive.Engine(requests, layout, *times, **delays).run()
     for record in (False, True):  # turns skipped, and none skipped
-        result = simulate(make_setup(layout, *times, cache_s=0.0173205), requests, record=record)
+        result = simulate(make_setup(layout, *times, **delays), requests, record=record)
         np.testing.assert_allclose(result.first_token_s, first, rtol=0, atol=1e-6)
         np.testing.assert_allclose(result.finish_s, finish, rtol=0, atol=1e-6)
 
@@ -171,10 +177,13 @@ def test_default_is_the_plain_engine(requests, layout, times):
 def test_skipping_changes_nothing(requests, layout, extra, chunk):
     """More microbatches than stages, chunks and hops: the plain engine does not know them, recording does."""
     pipelines = tuple(
-        PipelineSetup(s, FixedTimes(0.2, 0.03), role, s + extra, rows, prompt_chunk=chunk, hop_s=0.001 * extra)
+        PipelineSetup(
+            s, FixedTimes(0.2236068, 0.0316228), role, s + extra, rows, prompt_chunk=chunk, hop_s=0.001 * extra
+        )
         for role, s, rows in layout
     )
-    quick, slow = simulate(Setup(pipelines), requests), simulate(Setup(pipelines), requests, record=True)
+    setup = Setup(pipelines, cache_s=0.0173205)  # no two things happen at once by chance
+    quick, slow = simulate(setup, requests), simulate(setup, requests, record=True)
     np.testing.assert_allclose(quick.finish_s, slow.finish_s, rtol=0, atol=1e-6)
     assert quick.num_passes == slow.num_passes
     np.testing.assert_allclose(np.concatenate(quick.stage_busy_s), np.concatenate(slow.stage_busy_s), atol=1e-6)
@@ -288,7 +297,8 @@ def test_failures_delay_and_lose_nothing(requests, layout, kills, kv_lost):
     if not kv_lost and len(layout) == 1:
         whole = simulate(setup, requests)
         down_s = sum(0.15 + layout[0][1] * 0.2 for _ in kills)
-        assert whole.makespan_s - 1e-6 <= broken.makespan_s <= whole.makespan_s + down_s + 1e-6
+        phase_s = 0.2 * layout[0][1]  # a pause shifts who is ready first when a request arrives, for better or worse
+        assert whole.makespan_s - phase_s <= broken.makespan_s <= whole.makespan_s + down_s + phase_s
 
 
 @pytest.mark.parametrize(
