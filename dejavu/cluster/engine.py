@@ -19,7 +19,7 @@ from dejavu.engine.source import Scheduled, Source, Upstream
 from dejavu.engine.text import StreamFactory
 from dejavu.engine.worker import Stage, Worker
 from dejavu.measure.clock import ClockSample, RunClock, estimate_offset
-from dejavu.measure.cpu import CpuMeter
+from dejavu.measure.cpu import CpuMeter, CpuUsage
 from dejavu.topology import CONTROLLER, Placement
 from dejavu.transport.mpi import Channel
 
@@ -30,10 +30,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Hold what the workers reported at the end of a run, by rank, and the most blocks that were taken at once."""
+    """Hold what the workers reported at the end of a run, by rank, and the most blocks that were taken at once.
+
+    `cpu` is what the controller took meanwhile.
+    """
 
     reports: dict[int, Report]
     peak_blocks: int
+    cpu: CpuUsage
 
 
 def run_controller(
@@ -53,8 +57,10 @@ def run_controller(
     controller = Controller(channel, head, table, setup.spec.eos_token_ids, make_stream, config.stall_timeout)
     controller.wait_ready(workers, LOAD_DEADLINE_S)
     controller.clock = share_clock(channel, workers)
+    meter = CpuMeter()
     result = drive(controller)
-    return result, Outcome(controller.stop(workers), table.blocks.peak)
+    cpu = meter.read()
+    return result, Outcome(controller.stop(workers), table.blocks.peak, cpu)
 
 
 def share_clock(channel: Channel, workers: list[int]) -> RunClock:

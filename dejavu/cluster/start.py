@@ -13,10 +13,11 @@ from dejavu.config import ServeConfig
 from dejavu.engine.controller import Controller
 from dejavu.errors import UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
+from dejavu.measure.records import RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
 from dejavu.measure.summary import Summary
 from dejavu.request import Completion
-from dejavu.topology import CONTROLLER
+from dejavu.topology import CONTROLLER, Topology
 from dejavu.transport.mpi import Channel
 
 STATUS_EVERY_S = 0.2
@@ -152,8 +153,19 @@ def write_results(directory: RunDirectory, job: Job, completions: list[Completio
         num_stages=setup.topology.pp,
         peak_kv_bytes=outcome.peak_blocks * setup.cache.block_bytes,
     )
+    write_csv(directory.path / "ranks.csv", rank_records(setup.topology, outcome), RankRecord)
     directory.write_status({**(directory.read_status() or {}), "state": "done"})
     return summary
+
+
+def rank_records(topology: Topology, outcome: Outcome) -> list[RankRecord]:
+    """Say what each rank took of the processor."""
+    used = {CONTROLLER: outcome.cpu} | {rank: report.cpu for rank, report in outcome.reports.items()}
+    return [
+        RankRecord(p.rank, p.role.value, p.stage, cpu.cpu_s, cpu.window_s, cpu.core_share)
+        for p in topology.placements
+        if (cpu := used.get(p.rank))
+    ]
 
 
 def show(completions: list[Completion], summary: Summary, directory: RunDirectory) -> None:

@@ -90,6 +90,18 @@ class TransferRecord:
     end_s: float
 
 
+@dataclass(slots=True)
+class RankRecord:
+    """Say how much processor time one rank took while serving: 0.05 of a core is a rank that waits without spinning."""
+
+    rank: int
+    role: str
+    stage: int  # -1 where the rank holds no part of the model
+    cpu_s: float
+    window_s: float
+    core_share: float
+
+
 def write_csv(path: Path, rows: Iterable[Row], row_type: type[Row]) -> None:
     """Write rows under a header of their field names; floats come back bit for bit, NaN and None are empty cells."""
     names = [field.name for field in fields(row_type)]
