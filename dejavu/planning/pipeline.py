@@ -282,6 +282,10 @@ class Pipeline:
 
     def repeated_turn_s(self, microbatch: Microbatch) -> float | None:
         """Give the time of a turn, if all that the last one did was to move the state later."""
+        if any(other.pending for other in self.line):
+            return None
+        for other in (microbatch, *self.line):
+            self.step_s(other)  # counts as a change where the time is no longer what it was
         mark = self.mark
         if mark.changes == self.changes and mark.microbatch is not microbatch:
             return None
@@ -302,6 +306,7 @@ class Pipeline:
             context = microbatch.context / count
             microbatch.step_s = self.setup.times.token_s(count, context)
             span = self.setup.times.context_step
+            self.changes += span > 0
             microbatch.same_until = microbatch.steps + (span - int(context) % span if span else 1 << 60)
         return microbatch.step_s
 
