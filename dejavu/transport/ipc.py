@@ -22,7 +22,7 @@ from dejavu.device.handles import close_all
 from dejavu.device.pieces import Pieces
 from dejavu.errors import DejavuError, PeerLostError, TransferError
 from dejavu.transport.carrier import Carrier, Gathering, Transfer, UnavailableError, check_message
-from dejavu.transport.ipc_line import Exchange, Line, Place, connect_ranks
+from dejavu.transport.ipc_line import Exchange, Line, connect_ranks
 from dejavu.transport.ipc_memory import Exports, Imports
 from dejavu.transport.ipc_messages import Kind, Post, Register, pack_number, split_kind, unpack_number
 from dejavu.transport.ipc_transfers import IpcReceive, IpcSend, Word
@@ -101,6 +101,7 @@ class IpcCarrier(Carrier):
         self._unready: list[Unready] = []
         self._lock = threading.RLock()
         self._is_closing = False
+        self._is_alert = False  # the thread is not asleep without a limit
         self._connect(exchange)
         self._start()
 
@@ -175,7 +176,7 @@ class IpcCarrier(Carrier):
     def _connect(self, exchange: Exchange) -> None:
         fd = self._words.export_fd()
         try:
-            lines, self._reasons = connect_ranks(exchange, self.rank, self.device.properties.kind, fd, _refusal)
+            lines, self._reasons = connect_ranks(exchange, self.rank, self.device.properties.kind, fd)
         finally:
             os.close(fd)
         self._peers = {
@@ -283,7 +284,7 @@ class IpcCarrier(Carrier):
 
         send.start(self._lanes.run(send.nbytes, send.ready, work, (send, post, place)))
         self._copying.append(Copying(peer, send, post))
-        self._wake()
+        self._wake(at_once=False)
 
     # Ends, called back by transfers
 
@@ -338,9 +339,12 @@ class IpcCarrier(Carrier):
     # The thread
 
     def _serve(self) -> None:
+        self.device.free_bytes()  # any such call makes a CUDA device current in the thread
         busy_since_s = time.monotonic()
         while not self._is_closing:
-            busy_s = time.monotonic() - busy_since_s if self._is_busy() else None
+            with self._lock:
+                self._is_alert = self._is_busy()
+            busy_s = time.monotonic() - busy_since_s if self._is_alert else None
             heard = self._selector.select(_rest(busy_s))
             with self._lock:
                 for selected, _ in heard:
@@ -390,8 +394,10 @@ class IpcCarrier(Carrier):
             for peer in self._peers.values():
                 peer.line.flush()
 
-    def _wake(self) -> None:
-        if threading.current_thread() is not self._thread:
+    def _wake(self, *, at_once: bool = True) -> None:
+        """Have the thread look; one that is alert does so soon anyway."""
+        if (at_once or not self._is_alert) and threading.current_thread() is not self._thread:
+            self._is_alert = True
             os.eventfd_write(self._bell, 1)
 
     def _hush(self) -> None:
@@ -473,14 +479,6 @@ class IpcCarrier(Carrier):
             self._fail_send(send, peer.lost)
         for box in (peer.receives, peer.sends, peer.posts):
             box.clear()
-
-
-def _refusal(here: Place, there: Place) -> str | None:
-    if there.host != here.host:
-        return f"it is on {there.host}, not on {here.host}: use mpi, tcp or nccl between hosts"
-    if there.kind != here.kind:
-        return f"its device is {there.kind}, not {here.kind}: use mpi or tcp between kinds of devices"
-    return None
 
 
 def _bind(action: Callable[[Peer], None], peer: Peer) -> Callable[[], None]:

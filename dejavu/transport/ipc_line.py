@@ -139,9 +139,7 @@ def this_host() -> str:
     return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
 
-def connect_ranks(
-    exchange: Exchange, rank: int, kind: str, words_fd: int, refusal: Callable[[Place, Place], str | None]
-) -> tuple[dict[int, Line], dict[int, str]]:
+def connect_ranks(exchange: Exchange, rank: int, kind: str, words_fd: int) -> tuple[dict[int, Line], dict[int, str]]:
     """Connect the ranks that share memory; gives their lines, and for every other rank why it has none.
 
     Every rank calls this at once. Nothing is left in the file system, unless the process is killed amid it.
@@ -151,7 +149,7 @@ def connect_ranks(
         with listen(directory / "ipc") as server:
             here = Place(this_host(), str(directory / "ipc"), os.urandom(_TOKEN_BYTES).hex(), kind)
             places = [Place.unpack(data) for data in exchange(here.pack())]
-            refused = {i: refusal(here, place) for i, place in enumerate(places) if i != rank}
+            refused = {i: _refusal(here, place) for i, place in enumerate(places) if i != rank}
             reasons = {i: reason for i, reason in refused.items() if reason is not None}
             near = [i for i, reason in refused.items() if reason is None]
             lines = {i: _call(places[i], rank, words_fd) for i in near if i < rank}
@@ -161,6 +159,14 @@ def connect_ranks(
         directory.rmdir()
     exchange(b"")  # every socket is in use, or gone: later calls of the same exchange are apart
     return lines, reasons
+
+
+def _refusal(here: Place, there: Place) -> str | None:
+    if there.host != here.host:
+        return f"it is on {there.host}, not on {here.host}: use mpi, tcp or nccl between hosts"
+    if there.kind != here.kind:
+        return f"its device is {there.kind}, not {here.kind}: use mpi or tcp between kinds of devices"
+    return None
 
 
 def _call(place: Place, rank: int, words_fd: int) -> Line:

@@ -89,25 +89,27 @@ class Lanes(Closing):
                 self._events.pop().close()
 
     def _take(self) -> Lane:
-        for lane in list(self._lanes):
-            lane.reap()
-            if not lane.is_sound:
-                self._drop(lane)
-        lane = next((lane for lane in self._lanes if not lane.running), None) or self._another()
+        lane = self._find_idle() or self._another()
         self._lanes.remove(lane)
         self._lanes.append(lane)
         return lane
+
+    def _find_idle(self) -> Lane | None:
+        for lane in list(self._lanes):
+            lane.reap()
+            if lane.running:
+                continue
+            if lane.is_sound:
+                return lane
+            self._lanes.remove(lane)
+            lane.stream.close()
+        return None
 
     def _another(self) -> Lane:
         if len(self._lanes) < self._limit:
             self._lanes.append(Lane(self.device.create_stream(self._name)))
             return self._lanes[-1]
         return self._lanes[0]
-
-    def _drop(self, lane: Lane) -> None:
-        if not lane.running:  # until then its transfers need the stream
-            self._lanes.remove(lane)
-            lane.stream.close()
 
     def _record(self, stream: Stream) -> Event:
         event = self._events.pop() if self._events else self.device.create_event()

@@ -22,6 +22,8 @@ def cut_message(pieces: Pieces, limit: int) -> list[Chunk]:
     assert limit > 0, limit
     whole = in_order(pieces)
     total = whole.total_bytes
+    if total <= limit:
+        return [Chunk(0, total, whole)] if total else []
     edges = np.arange(0, total, limit, dtype=np.int64)
     begin = _merge(whole.target, edges)
     source = _at(whole, begin)
@@ -38,6 +40,8 @@ def join(sender: Pieces, receiver: Pieces) -> Pieces:
 
     Both lists tile the same message; `source` counts in the sender's memory and `target` in the receiver's.
     """
+    if len(sender) == len(receiver) == 1:
+        return Pieces(sender.source, receiver.source, sender.nbytes)
     out, into = in_order(sender), in_order(receiver)
     assert out.total_bytes == into.total_bytes
     begin = out.target if np.array_equal(out.target, into.target) else _merge(out.target, into.target)

@@ -71,6 +71,7 @@ class HostTransfer(Transfer):
         self.nbytes = nbytes
         self.is_cancelled = False
         self.wake: Callable[[], None] | None = None  # called after a cancel
+        self.device = gates.device
         self._gates = gates
         self._gate: Gate | None = None
         self._ordered: list[Stream] = []
@@ -109,7 +110,7 @@ class HostTransfer(Transfer):
         gate = self._gate_for(stream)
         if gate is not None:
             word, value = gate
-            self._gates.device.wait_flag(word, value, stream=stream)
+            self.device.wait_flag(word, value, stream=stream)
         if self.done and self._error is not None:
             raise self._error
 
@@ -172,7 +173,9 @@ class Progress(Closing):
             assert not self._is_closing, "the carrier was closed"
             self._tasks.append((transfer, steps))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"carrier-{self._name}", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, args=(transfer.device,), name=f"carrier-{self._name}", daemon=True
+                )
                 self._thread.start()
             self._wake.notify()
 
@@ -192,7 +195,8 @@ class Progress(Closing):
             self._thread.join()
             self._thread = None
 
-    def _run(self) -> None:
+    def _run(self, device: Device) -> None:
+        device.free_bytes()  # any such call makes a CUDA device current in the thread
         idle_since_s = time.monotonic()
         while self._rest(time.monotonic() - idle_since_s):
             if self._round():
