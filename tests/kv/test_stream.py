@@ -23,17 +23,20 @@ from dejavu.kv import (
     Resharding,
     RowMap,
     Selection,
+    Window,
     fetch,
     flush,
     gather,
     message_key,
     scatter,
 )
+from dejavu.kv.handle import group_layers
 from dejavu.transport.carrier import Gathering, Transfer
 from dejavu.transport.local import LocalStore
 
 ROOT = Path(__file__).parents[2]
-JOB_S = 60.0
+JOB_S = 90.0
+CARRIERS = ("mpi", "ipc")
 CASES = (
     "random_pairs",
     "layers_follow_their_compute",
@@ -88,17 +91,18 @@ def run(command, directory, num_ranks):
     return log.read_text()
 
 
-@pytest.fixture(scope="module", params=["mpi", "ipc"])
-def job(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    output = run(["-m", "tests.kv.stream_ranks", str(directory), request.param], directory, 4)
-    return directory, output
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Run all cases in one job, as starting one takes longer than the cases."""
+    directory = tmp_path_factory.mktemp("ranks")
+    return directory, run(["-m", "tests.kv.stream_ranks", str(directory), *CARRIERS], directory, 4)
 
 
+@pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("case", CASES)
-def test_ranks(job, case):
+def test_ranks(job, carrier, case):
     directory, output = job
-    results = {path.suffix: path.read_text() for path in directory.glob(f"{case}.*")}
+    results = {path.suffix: path.read_text() for path in directory.glob(f"{carrier}-{case}.*")}
     assert results == dict.fromkeys((".0", ".1", ".2", ".3"), "ok"), "\n".join([*results.values(), output])
 
 
@@ -271,6 +275,13 @@ def test_a_cancelled_handle_starts_nothing_more_and_writes_until_it_is_done(pool
     with pytest.raises(TransferError, match="cancelled"):
         handle.wait()
     assert second.release("a") == SECOND["a"]
+
+
+def test_layers_are_whole_only_with_all_heads():
+    windows = [Window(0, 3, 0, 2), Window(1, 3, 2, 4), Window(3, 5, 0, 4)]
+    groups = group_layers(windows, 4)
+    assert [(group.first_layer, group.last_layer, group.parts) for group in groups] == [(1, 3, (0, 1)), (3, 5, (2,))]
+    assert group_layers([], 4) == ()
 
 
 def test_keys_differ_in_every_part():
