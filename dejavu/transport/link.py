@@ -37,6 +37,7 @@ class Wire(Closing):
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        self.busy_s = BUSY_S
         self.longest_nap_s = 2e-3  # while transfers are under way
         self.idle_nap_s: float | None = None  # without any; None where the wire can always wake the thread
         self.lost: dict[int, str] = {}
@@ -94,9 +95,10 @@ class LinkProgress(Progress):
         self._wire = wire
         self._was_woken = False
 
-    def begin(self) -> None:
+    def begin(self, device: Device) -> None:
         """Start the thread: the peers' notes want answers before the first transfer too."""
-        self._thread = threading.Thread(target=self._run, name=f"carrier-{self._name}", daemon=True)
+        name = f"carrier-{self._name}"
+        self._thread = threading.Thread(target=self._run, args=(device,), name=name, daemon=True)
         self._thread.start()
 
     def start(self, transfer: HostTransfer, steps: Steps) -> None:
@@ -125,7 +127,7 @@ class LinkProgress(Progress):
         if not has_tasks and idle_s > LINGER_S:
             self._wire.nap(self._wire.idle_nap_s)
             self._was_woken = True  # by something that may take more than one look to be seen
-        elif idle_s > BUSY_S:
+        elif idle_s > self._wire.busy_s:
             self._wire.nap(min(self._wire.longest_nap_s, max(SHORTEST_NAP_S, idle_s / 8)))
         return True
 
@@ -158,7 +160,7 @@ class LinkCarrier(Carrier):
         wire.deliver = self._deliver
         wire.find = lambda peer, number: self._incoming.get((peer, number))
         self._progress = LinkProgress(self.name, wire)
-        self._progress.begin()
+        self._progress.begin(device)
 
     def send(self, peer: int, key: int, memory: Buffer, pieces: Pieces, *, stream: Stream) -> Transfer:
         """Send once the peer has posted the receive."""

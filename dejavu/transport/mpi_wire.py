@@ -88,6 +88,8 @@ class MpiWire(Wire):
         self._is_closed = True
         if self.meet():
             self.free()
+        else:
+            self.forsake()
         self.doorbell.close()
 
     def meet(self) -> bool:
@@ -106,6 +108,9 @@ class MpiWire(Wire):
     def free(self) -> None:
         """Free what every rank frees."""
         self.comm.Free()
+
+    def forsake(self) -> None:
+        """Let go, alone, of what has to be: some ranks will not close."""
 
     def test(self, peer: int, request: MPI.Request, status: MPI.Status | None = None) -> bool:
         """Tell whether a request is complete; one that fails means a lost peer, and never completes."""

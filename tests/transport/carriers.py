@@ -74,6 +74,22 @@ def make_tcp(setting):
     return TcpCarrier(setting.device, setting.rank, setting.exchange, gathering=setting.gathering, num_streams=2)
 
 
+def make_nccl(setting):
+    from mpi4py import MPI
+
+    from dejavu.transport.nccl import NcclCarrier
+
+    return NcclCarrier(setting.device, MPI.COMM_WORLD, gathering=setting.gathering)
+
+
+def make_nccl_order(setting):
+    from mpi4py import MPI
+
+    from tests.transport.fake_nccl import FakeNcclCarrier
+
+    return FakeNcclCarrier(setting.device, MPI.COMM_WORLD, gathering=setting.gathering, chunk_bytes=1 << 20)
+
+
 CARRIERS = {
     "local": Kind("store", make_local),
     "disk": Kind("store", make_disk),
@@ -81,4 +97,6 @@ CARRIERS = {
     "mpi": Kind("mpirun", make_mpi),
     "rma": Kind("mpirun", make_rma),
     "tcp": Kind("plain", make_tcp),
+    "nccl": Kind("mpirun", make_nccl, devices=("cuda",), min_gpus=2),
+    "nccl-order": Kind("mpirun", make_nccl_order, devices=()),  # started by test_nccl.py
 }
