@@ -22,7 +22,7 @@ def crash(how: str, rank: int, note: Path) -> None:
             raise ValueError("no such row")
         step(worker, work)
 
-    Worker.step = failing_step
+    Worker.step = failing_step  # type: ignore[method-assign]
 
 
 def lose_file(rank: int, note: Path, file: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from dejavu.errors import DeadlineError
 
-pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(100)]
 
 BIG = 4 * 2**20  # float32 numbers: 16 MB, far above what MPI sends eagerly
 

@@ -11,7 +11,7 @@ import pytest
 from dejavu.config import ServeConfig
 from dejavu.request import FinishReason, Request, SamplingParams
 
-pytestmark = [pytest.mark.mpi(min_size=3), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.mpi(min_size=3), pytest.mark.timeout(100)]
 
 CANCELLED = FinishReason.CANCELLED
 

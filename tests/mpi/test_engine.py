@@ -13,7 +13,7 @@ from tests.model_zoo import KINDS
 if TYPE_CHECKING:
     from tests.mpi.reference import Reference
 
-pytestmark = [pytest.mark.mpi(min_size=7), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.mpi(min_size=7), pytest.mark.timeout(100)]
 
 SPLITS = [(tp, pp) for tp in (1, 2) for pp in (1, 2, 3)]
 SCHEDULES = [  # block_size, prompt_chunk, max_prompt_tokens, microbatches beyond one per stage
