@@ -1,4 +1,4 @@
-"""One rank of the streaming tests: `mpirun -n 4 python -m tests.kv.stream_ranks DIRECTORY CARRIER...`.
+"""One rank of the streaming tests: `mpirun -n 4 python -m tests.kv.stream_ranks DIRECTORY DEVICE CARRIER...`.
 
 It runs every case over every carrier, all ranks together, and writes DIRECTORY/CARRIER-CASE.RANK: "ok" or a traceback.
 """
@@ -15,7 +15,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from dejavu.device import open_device
+from dejavu.device import num_cuda_devices, open_device
 from dejavu.device.base import Location
 from dejavu.errors import TransferError
 from dejavu.kv import (
@@ -44,11 +44,12 @@ BLOCK_SIZES = (1, 2, 3, 8, 32)
 
 
 class World:
-    def __init__(self, name, directory, open_things):
+    def __init__(self, name, kind, directory, open_things):
         self.name = name
         self.comm = MPI.COMM_WORLD
         self.rank = self.comm.Get_rank()
-        self.device = open_things.enter_context(open_device("cpu"))
+        index = self.rank % num_cuda_devices() if kind == "cuda" else 0
+        self.device = open_things.enter_context(open_device(kind, index))
         self.next_transfer = 100
         self.carriers = {}
         for gathering in Gathering:
@@ -102,7 +103,7 @@ def without_rows(*sides):
 
 def check(pool, expected, lengths):
     assert {key: pool.length(key) for key in pool.places} == lengths
-    assert pool.memory.tensor().numpy().tobytes() == expected[pool.rank].tobytes()
+    assert pool.memory.tensor().cpu().numpy().tobytes() == expected[pool.rank].tobytes()
 
 
 def draw_case(rng):
@@ -319,10 +320,10 @@ def run_cases(world, directory):
         world.barrier()
 
 
-def main(directory, *names):
+def main(directory, kind, *names):
     for name in names:
         with ExitStack() as open_things:
-            run_cases(World(name, directory, open_things), directory)
+            run_cases(World(name, kind, directory, open_things), directory)
 
 
 if __name__ == "__main__":

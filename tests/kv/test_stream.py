@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dejavu.cluster.launcher import FLAGS, ROOT_VARIABLES, THREAD_VARIABLES, find_mpirun, without_mpi
-from dejavu.device import open_device
+from dejavu.device import num_cuda_devices, open_device
 from dejavu.errors import DeadlineError, TransferError
 from dejavu.kv import (
     Handle,
@@ -50,9 +50,16 @@ FIRST = {"a": [3, 0], "b": [5]}
 SECOND = {"a": [1, 2], "b": [4]}
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kind(request):
+    if request.param == "cuda" and num_cuda_devices() == 0:
+        pytest.skip("no CUDA device")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def device():
-    with open_device("cpu") as device:
+def device(kind):
+    with open_device(kind) as device:
         yield device
 
 
@@ -92,10 +99,10 @@ def run(command, directory, num_ranks):
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
+def job(kind, tmp_path_factory):
     """Run all cases in one job, as starting one takes longer than the cases."""
     directory = tmp_path_factory.mktemp("ranks")
-    return directory, run(["-m", "tests.kv.stream_ranks", str(directory), *CARRIERS], directory, 4)
+    return directory, run(["-m", "tests.kv.stream_ranks", str(directory), kind, *CARRIERS], directory, 4)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
@@ -144,8 +151,8 @@ def test_a_scattered_region_is_gathered_elsewhere(device, store, pools):
     for key, (start, stop) in {"b": (1, 3), "a": (2, 7)}.items():
         for token in range(start, stop):
             here, there = FIRST[key][token // 4], SECOND[key][token // 4]
-            expected[there, 1:3, :, token % 4] = first.tensor[here, 1:3, :, token % 4]
-    assert torch.equal(second.tensor, expected)
+            expected[there, 1:3, :, token % 4] = first.tensor[here, 1:3, :, token % 4].cpu()
+    assert torch.equal(second.tensor.cpu(), expected)
     assert (second.length("a"), second.length("b")) == (2, 0)  # layer 2 is still missing
     landing = second.begin(second.spans(region), 2, 3)
     landing.commit()
