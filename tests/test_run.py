@@ -21,9 +21,10 @@ def test_{kind}():
 
 def run(tmp_path, kind, action):
     (tmp_path / "test_ranks.py").write_text(PROGRAM.format(kind=kind, action=action))
+    pytest_options = ["-p", "no:hypothesispytest", f"--rootdir={tmp_path}"]
     options = ["--only", "mpi", "--ranks", "2", "--junit", str(tmp_path / "junit"), "--deadline", "50"]
     return subprocess.run(
-        [sys.executable, "-m", "tests.run", *options, "--mpi-tests", str(tmp_path), "-p", "no:hypothesispytest"],
+        [sys.executable, "-m", "tests.run", *options, "--mpi-tests", str(tmp_path), *pytest_options],
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
