@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dejavu.measure.render import format_number
 from dejavu.measure.run_directory import RunDirectory
 
 Row = dict[str, Any]
+WIDEST = 400  # characters of a table, whose lines are never folded
 
 
 def run_ranks(context: click.Context, num_ranks: int, name: str, out: str | None, rank_main: Callable[[], int]) -> int:
@@ -38,15 +39,27 @@ def open_run_directory(name: str, out: str | None) -> RunDirectory:
 
 
 def finish(
-    directory: RunDirectory, name: str, rows: Sequence[Row], options: Row, ranks: Sequence[Row] = (), **facts: Any
-) -> None:
-    """Write run.yaml and NAME.csv, print the table and the JSON line, and say that all went well."""
+    directory: RunDirectory,
+    name: str,
+    rows: Sequence[Row],
+    options: Row,
+    ranks: Sequence[Row] = (),
+    *,
+    more: Mapping[str, Any] | None = None,
+    error: str | None = None,
+    **facts: Any,
+) -> int:
+    """Write run.yaml and NAME.csv, print the table and the JSON line; say how it went, and give the exit code.
+
+    `more` is added to the JSON object; `error` says what was measured to be wrong.
+    """
     directory.write_run(describe_run(options, list(ranks), **facts))
     columns = list(rows[0]) if rows else []
     write_table(directory.path / f"{name}.csv", columns, [[row[column] for column in columns] for row in rows])
     print_table(name, rows)
-    print(json.dumps({"bench": name, "run": str(directory.path), "rows": list(rows)}), flush=True)
-    directory.write_result("ok", 0)
+    print(json.dumps({"bench": name, "run": str(directory.path), "rows": list(rows), **(more or {})}), flush=True)
+    directory.write_result("error" if error else "ok", 1 if error else 0, error)
+    return 1 if error else 0
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
@@ -54,10 +67,12 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in rows[0] if rows else ():
         words = isinstance(rows[0][column], str)
-        table.add_column(column.replace("_", " "), justify="left" if words else "right", overflow="fold")
+        table.add_column(column.replace("_", " "), justify="left" if words else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(shown(value) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=WIDEST)).maximum)
+    console.print(table)
 
 
 def shown(value: object) -> str:
