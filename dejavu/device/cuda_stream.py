@@ -121,6 +121,7 @@ class FlagWatch:
     def release(self, stream: "CudaStream") -> None:
         """Let a stream out of all its flag waits."""
         with self._lock:
+            self._forget_reached()  # a flag that was passed may be in use for something later
             for wait in self._waits:
                 if wait.stream is stream:
                     self._write(wait.flag)

@@ -93,6 +93,8 @@ def check_message(memory: Buffer, pieces: Pieces) -> int:
     """Check that pieces lie in `memory` and tile a message; give its length. Raises TransferError."""
     nbytes = pieces.total_bytes
     pieces.check(memory.nbytes, nbytes)
+    if len(pieces) == 1:  # it lies within [0, nbytes), so it is all of it
+        return nbytes
     order = pieces.target.argsort(kind="stable")
     if (pieces.target[order][1:] != (pieces.target + pieces.nbytes)[order][:-1]).any():
         raise TransferError("the pieces of a message overlap or leave gaps: make both sides' lists from one plan")

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 
-from dejavu.device.base import FLAG_BYTES, Buffer, Device, Event, Stream
+from dejavu.device.base import Buffer, Device, Event, Stream
 from dejavu.device.handles import close_all
 from dejavu.device.pieces import Pieces
 from dejavu.errors import DejavuError, PeerLostError, TransferError
@@ -25,16 +25,18 @@ from dejavu.transport.carrier import Carrier, Gathering, Transfer, UnavailableEr
 from dejavu.transport.ipc_line import Exchange, Line, connect_ranks
 from dejavu.transport.ipc_memory import Exports, Imports
 from dejavu.transport.ipc_messages import Kind, Post, Register, pack_number, split_kind, unpack_number
-from dejavu.transport.ipc_transfers import IpcReceive, IpcSend, Word
+from dejavu.transport.ipc_transfers import WORD_BYTES, IpcReceive, IpcSend, Word, flags_of
 from dejavu.transport.lanes import Lanes
 from dejavu.transport.message import join
 from dejavu.transport.progress import Gate, Gates
 from dejavu.transport.staging import cancelled, move, wrap
 
-WORDS_BYTES = 64 * 1024  # flags of one rank: how many receives can be under way
+NUM_WORDS = 8192  # of one rank: how many receives can be under way
+WORDS_BYTES = NUM_WORDS * WORD_BYTES
 CLOSE_S = 5.0  # how long a close waits for peers to keep off this rank's memory
 FAREWELL_S = 1.0  # how long a line may have ended before its process does
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1e-4, 5e-3
+COPYING_PAUSE_S = 2e-3  # nobody waits for the thread while copies go well
 
 
 @dataclass(slots=True, eq=False)
@@ -91,12 +93,13 @@ class IpcCarrier(Carrier):
         self.rank = rank
         self.gathering = gathering
         self._words = device.allocate_host_exportable(WORDS_BYTES)
-        self._free_words = [Word(self._words, i) for i in range(WORDS_BYTES // FLAG_BYTES)]
+        self._free_words = [Word(self._words, i) for i in range(NUM_WORDS)]
         self._numbers = count(1)
         self._exports = Exports()
         self._lanes = Lanes(device, "ipc")
+        self._waits = Lanes(device, "ipc-wait")
         self._gates = Gates(device)
-        self._gated: dict[IpcSend, tuple[Gate, list[Stream]]] = {}
+        self._gated: dict[IpcSend, list[tuple[Gate, Stream]]] = {}
         self._copying: list[Copying] = []
         self._unready: list[Unready] = []
         self._lock = threading.RLock()
@@ -134,10 +137,10 @@ class IpcCarrier(Carrier):
             self._refuse_lost(there)
             memory_id = self._introduce(there, memory)
             if not self._free_words:
-                raise TransferError(f"{WORDS_BYTES // FLAG_BYTES} receives are under way: wait for some of them first")
+                raise TransferError(f"{NUM_WORDS} receives are under way: wait for some of them first")
             word = self._free_words.pop()
             number = next(self._numbers) & 0xFFFFFFFF
-            receive = IpcReceive(self.device, number, peer, word, (memory, pieces))
+            receive = IpcReceive(self._waits, number, peer, word, (memory, pieces))
             receive.on_cancel, receive.on_end = self._cancel_receive, self._forget_receive
             there.receives[number] = receive
             offsets = pieces.shifted(memory.address - memory.memory.address, 0)
@@ -168,6 +171,7 @@ class IpcCarrier(Carrier):
         for peer in self._peers.values():
             self._lose(peer, TransferError("the carrier was closed before the transfer had ended"))
         self._lanes.close()
+        self._waits.close()
         self._tend()
         self._release()
 
@@ -276,11 +280,12 @@ class IpcCarrier(Carrier):
             self._fail_send(send, error)
             peer.line.say(pack_number(Kind.FAIL, post.number, str(error)))
             return
-        flag = peer.words.view(post.word * FLAG_BYTES, FLAG_BYTES)
+        arrived, gate = flags_of(peer.words, post.word)
 
         def work(lane: Stream) -> None:
             move(self.device, place, send.memory, joined, self.gathering, stream=lane)
-            self.device.write_flag(flag, post.value, stream=lane)
+            self.device.write_flag(arrived, post.value, stream=lane)
+            self.device.write_flag(gate, post.value, stream=lane)
 
         send.start(self._lanes.run(send.nbytes, send.ready, work, (send, post, place)))
         self._copying.append(Copying(peer, send, post))
@@ -314,27 +319,22 @@ class IpcCarrier(Carrier):
 
     def _order_send(self, send: IpcSend, stream: Stream) -> None:
         with self._lock:
-            copies = send.copies
+            copies, gate = send.copies, None
             if copies is None and not send.done:
-                gate, streams = self._gated.setdefault(send, (self._gates.take(), []))
-                streams.append(stream)
+                gate = self._gates.take()
+                self._gated.setdefault(send, []).append((gate, stream))
                 word, value = gate.word, gate.value
         if copies is not None:
             copies.order(stream)
-        elif not send.done:
+        elif gate is not None:
             self.device.wait_flag(word, value, stream=stream)
 
     def _fail_send(self, send: IpcSend, error: BaseException) -> None:
         send.fail(error)
-        self._open_gate(send)
+        self._open_gates(send)
 
-    def _open_gate(self, send: IpcSend) -> None:
-        gate, streams = self._gated.pop(send, (None, []))
-        if send.error is not None:
-            for stream in streams:
-                stream.cancel(send.error)
-        if gate is not None:
-            self._gates.open(gate)
+    def _open_gates(self, send: IpcSend) -> None:
+        self._gates.release(self._gated.pop(send, []), send.error)
 
     # The thread
 
@@ -345,7 +345,7 @@ class IpcCarrier(Carrier):
             with self._lock:
                 self._is_alert = self._is_busy()
             busy_s = time.monotonic() - busy_since_s if self._is_alert else None
-            heard = self._selector.select(_rest(busy_s))
+            heard = self._selector.select(_rest(busy_s, SHORTEST_PAUSE_S if self._unready else COPYING_PAUSE_S))
             with self._lock:
                 for selected, _ in heard:
                     selected.data()
@@ -385,7 +385,7 @@ class IpcCarrier(Carrier):
             item.peer.line.say(pack_number(Kind.WITHDRAWN, item.post.number))
         elif copies.error is not None:
             item.peer.line.say(pack_number(Kind.FAIL, item.post.number, f"the sender failed: {copies.error}"))
-        self._open_gate(item.send)
+        self._open_gates(item.send)
 
     def _say_rest(self) -> None:
         end_s = time.monotonic() + FAREWELL_S
@@ -445,7 +445,7 @@ class IpcCarrier(Carrier):
             peer.receives.pop(number).finish(error)
 
     def _take_post(self, peer: Peer, post: Post) -> None:
-        if post.word >= peer.words.nbytes // FLAG_BYTES:
+        if post.word >= NUM_WORDS:
             raise TransferError(f"rank {peer.rank} names flag {post.word}, which it does not have")
         send = peer.sends.pop(post.key, None)
         if send is not None:
@@ -485,11 +485,11 @@ def _bind(action: Callable[[Peer], None], peer: Peer) -> Callable[[], None]:
     return lambda: action(peer)
 
 
-def _rest(busy_s: float | None) -> float | None:
+def _rest(busy_s: float | None, shortest_s: float) -> float | None:
     """Give how long to sleep in the selector; a pause under its resolution is slept here."""
     if busy_s is None:
         return None
-    pause_s = min(LONGEST_PAUSE_S, max(SHORTEST_PAUSE_S, busy_s / 8))
+    pause_s = min(LONGEST_PAUSE_S, max(shortest_s, busy_s / 8))
     if pause_s >= 1e-3:
         return pause_s
     time.sleep(pause_s)

@@ -4,48 +4,64 @@ import threading
 import time
 from collections.abc import Callable
 
-from dejavu.device.base import FLAG_BYTES, Buffer, Device, Event, Stream
+from dejavu.device.base import FLAG_BYTES, Buffer, Event, Stream
 from dejavu.device.flags import Flag
 from dejavu.device.pieces import Pieces
 from dejavu.errors import DeadlineError, TransferError
 from dejavu.transport.carrier import DEFAULT_DEADLINE_S, Transfer
-from dejavu.transport.lanes import LaneTransfer
+from dejavu.transport.lanes import Lanes, LaneTransfer
 from dejavu.transport.staging import wrap
 
 SPIN_S = 2e-4
 SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 2e-5, 1e-3
 
 
-class Word:
-    """Be one of the flags of this rank that peers write; `value` is what the next receive waits for."""
+WORD_BYTES = 2 * FLAG_BYTES
 
-    __slots__ = ("flag", "index", "place", "value")
+
+class Word:
+    """Be two flags of this rank that a peer writes, one after the other, both with the same value.
+
+    The host reads the first one, and streams wait for the second: cancelling a CUDA stream writes the flags that it
+    waits for, so what streams wait for does not prove that a message has arrived. `value` is the next receive's.
+    """
+
+    __slots__ = ("arrived", "gate", "index", "value")
 
     def __init__(self, words: Buffer, index: int) -> None:
         self.index = index
-        self.place = words.view(index * FLAG_BYTES, FLAG_BYTES)
-        self.flag = Flag(self.place.address)
+        arrived, self.gate = flags_of(words, index)
+        self.arrived = Flag(arrived.address)
         self.value = 1
+
+
+def flags_of(words: Buffer, index: int) -> tuple[Buffer, Buffer]:
+    """Give the two flags of a word: for the host, and for streams."""
+    at = index * WORD_BYTES
+    return words.view(at, FLAG_BYTES), words.view(at + FLAG_BYTES, FLAG_BYTES)
 
 
 class IpcReceive(Transfer):
     """Follow a message that a peer stores into memory of this rank."""
 
-    def __init__(self, device: Device, number: int, peer: int, word: Word, held: tuple[Buffer, Pieces]) -> None:
+    def __init__(self, lanes: Lanes, number: int, peer: int, word: Word, held: tuple[Buffer, Pieces]) -> None:
+        """`lanes` lends the streams that wait for flags."""
         self.nbytes = held[1].total_bytes
         self.number = number
         self.peer = peer
         self.is_cancelled = False
         self.on_cancel: Callable[[IpcReceive], None] | None = None
         self.on_end: Callable[[Word], None] | None = None
-        self._device = device
+        self._lanes = lanes
+        self._device = lanes.device
         self._word = word
         self._value = word.value
         self._held: object = held
         self._error: TransferError | None = None
         self._ordered: list[Stream] = []
+        self._passing: LaneTransfer | None = None  # the lane at the gate, whose event other streams wait for
         self._has_ended = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def moved_bytes(self) -> int:
@@ -55,7 +71,7 @@ class IpcReceive(Transfer):
     @property
     def done(self) -> bool:
         """Look at the flag."""
-        if not self._has_ended and not self.is_cancelled and self._word.flag.passed(self._value):
+        if not self._has_ended and not self.is_cancelled and self._word.arrived.passed(self._value):
             self.finish(None)
         return self._has_ended
 
@@ -76,14 +92,32 @@ class IpcReceive(Transfer):
 
     def order(self, stream: Stream) -> None:
         """Queue a wait for the flag. An error is raised here, or given to `stream`."""
+        if self._device.properties.kind == "cpu":
+            self._order_at_gate(stream)
+        else:
+            self._order_behind_lane(stream)
+        if self.done and self._error is not None:
+            raise self._error
+
+    def _order_at_gate(self, stream: Stream) -> None:
         with self._lock:
             is_open = not self._has_ended
             if is_open:
                 self._ordered.append(stream)
         if is_open:
-            self._device.wait_flag(self._word.place, self._value, stream=stream)
-        if self.done and self._error is not None:
-            raise self._error
+            self._device.wait_flag(self._word.gate, self._value, stream=stream)
+
+    def _order_behind_lane(self, stream: Stream) -> None:
+        """Have a lane wait at the gate, once, and `stream` for the lane: only this carrier cancels the lane."""
+
+        def work(lane: Stream) -> None:
+            self._device.wait_flag(self._word.gate, self._value, stream=lane)
+
+        with self._lock:
+            if not self._has_ended:
+                if self._passing is None:
+                    self._passing = self._lanes.run(0, None, work, None)
+                self._passing.order(stream)
 
     def cancel(self) -> None:
         """Ask the peer to keep off; the receive ends when it has said so, or is dead."""
@@ -96,11 +130,13 @@ class IpcReceive(Transfer):
         with self._lock:
             if self._has_ended:
                 return
-            if error is not None and (self.is_cancelled or not self._word.flag.passed(self._value)):
+            if error is not None and (self.is_cancelled or not self._word.arrived.passed(self._value)):
                 self._error = wrap(error)
+                if self._passing is not None:
+                    self._passing.fail(self._error)
                 for stream in self._ordered:
                     stream.cancel(self._error)
-                self._word.flag.write(self._value)  # lets go who came to wait just now
+                Flag(self._word.gate.address).write(self._value)  # lets go who came to wait just now
             self._has_ended = True
             self._ordered.clear()
             self._held = None
@@ -114,7 +150,7 @@ class IpcReceive(Transfer):
                 raise self._error or TransferError("cancelled")
 
         try:
-            self._word.flag.wait(self._value, deadline_s, check)
+            self._word.arrived.wait(self._value, deadline_s, check)
         except TransferError:
             return
         except DeadlineError as error:

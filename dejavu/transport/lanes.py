@@ -175,10 +175,14 @@ class LaneTransfer(Transfer):
 
     def cancel(self) -> None:
         """Make the transfer end with an error; what is being copied may be copied to its end before `done`."""
+        self.fail(cancelled())
+
+    def fail(self, error: TransferError) -> None:
+        """Do what `cancel` does, with an error of one's own."""
         with self._lanes.lock, self._lock:
             if self.done:
                 return
-            self._error = cancelled()
+            self._error = error
             if len(self._lane.running) == 1:
                 self._lane.stream.cancel(self._error)
             for stream in self._ordered:

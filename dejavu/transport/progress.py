@@ -28,7 +28,10 @@ class Gate:
 
 
 class Gates(Closing):
-    """Lend gates in pinned host memory. A word's values only grow, so that a late wait of an earlier one passes."""
+    """Lend gates in pinned host memory, each for one wait of one stream: cancelling a CUDA stream opens its gates.
+
+    A word's values only grow, so that a late wait of an earlier one passes.
+    """
 
     BLOCK_BYTES = 4096
 
@@ -52,6 +55,13 @@ class Gates(Closing):
         with self._lock:
             self._free.append(gate)
 
+    def release(self, waiting: list[tuple[Gate, Stream]], error: TransferError | None) -> None:
+        """Let streams go on, each at its own gate; with an error where there is one."""
+        for gate, stream in waiting:
+            if error is not None:
+                stream.cancel(error)
+            self.open(gate)
+
     def close(self) -> None:
         """Free the words; no stream waits for one."""
         self._free.clear()
@@ -73,8 +83,7 @@ class HostTransfer(Transfer):
         self.wake: Callable[[], None] | None = None  # called after a cancel
         self.device = gates.device
         self._gates = gates
-        self._gate: Gate | None = None
-        self._ordered: list[Stream] = []
+        self._ordered: list[tuple[Gate, Stream]] = []
         self._moved = 0
         self._error: TransferError | None = None
         self._ended = threading.Event()
@@ -107,9 +116,12 @@ class HostTransfer(Transfer):
 
     def order(self, stream: Stream) -> None:
         """Queue a wait for a flag, which the end writes. An error is raised here, or given to `stream`."""
-        gate = self._gate_for(stream)
+        with self._lock:
+            gate = None if self._ended.is_set() else self._gates.take()
+            if gate is not None:
+                self._ordered.append((gate, stream))
+                word, value = gate.word, gate.value
         if gate is not None:
-            word, value = gate
             self.device.wait_flag(word, value, stream=stream)
         if self.done and self._error is not None:
             raise self._error
@@ -133,22 +145,9 @@ class HostTransfer(Transfer):
                 self._moved = self.nbytes
             else:
                 self._error = wrap(error)
-                for stream in self._ordered:
-                    stream.cancel(self._error)
-            self._ordered.clear()
             self._ended.set()
-            if self._gate is not None:
-                self._gates.open(self._gate)
-                self._gate = None
-
-    def _gate_for(self, stream: Stream) -> tuple[Buffer, int] | None:
-        with self._lock:
-            if self._ended.is_set():
-                return None
-            if self._gate is None:
-                self._gate = self._gates.take()
-            self._ordered.append(stream)
-            return self._gate.word, self._gate.value
+            self._gates.release(self._ordered, self._error)
+            self._ordered = []
 
 
 class Progress(Closing):

@@ -14,6 +14,7 @@ from dejavu.transport import ipc_line
 from dejavu.transport.carrier import UnavailableError
 from dejavu.transport.ipc import IpcCarrier
 from dejavu.transport.ipc_messages import Kind, Post, Register, pack_number, split_kind, unpack_number
+from dejavu.transport.ipc_transfers import IpcReceive
 from tests.transport.region import Region, contents, contiguous, scattered
 
 
@@ -134,6 +135,28 @@ def test_nothing_is_written_behind_a_cancelled_receive(device, pair):
         for transfer in (receiving, sending):
             with pytest.raises(TransferError, match="cancel"):
                 transfer.wait(5)
+
+
+@pytest.mark.parametrize("way", ["_order_at_gate", "_order_behind_lane"])
+def test_streams_wait_for_a_flag_either_way(device, pair, way, monkeypatch):
+    """Order two streams behind each of two receives, of which one arrives and one is cancelled."""
+    monkeypatch.setattr(IpcReceive, "_order_at_gate", getattr(IpcReceive, way))  # the CPU's way
+    region, good, bad = (Region(device, contiguous(500)) for _ in range(3))
+    region.write(contents(500, 1))
+    with device.create_stream("a") as first, device.create_stream("b") as second, device.create_stream("c") as third:
+        arriving = pair[1].receive(0, 1, good.memory, good.pieces, stream=device.compute_stream)
+        failing = pair[1].receive(0, 2, bad.memory, bad.pieces, stream=device.compute_stream)
+        arriving.order(first)
+        arriving.order(second)
+        failing.order(third)
+        assert not first.query()
+        pair[0].send(1, 1, region.memory, region.pieces, stream=device.compute_stream)
+        first.synchronize(10)
+        second.synchronize(10)
+        assert arriving.done
+        failing.cancel()
+        with pytest.raises(TransferError, match="cancelled"):
+            third.synchronize(10)
 
 
 def test_a_closed_peer_fails_what_waits_for_it(device, pair):
