@@ -28,6 +28,7 @@ CHUNK_BYTES = 64 << 20
 NUM_SLOTS = 4
 WINDOW = 4  # chunks of one message that are launched at a time
 BUSY_S = 2e-3  # the thread looks again at once for so long: a sleep costs as much as 20 MB over NVLink
+OPENING_S = 10.0  # how long a close waits for a path that is being opened
 ID_TAG = 2
 ID_BYTES = 128
 
@@ -94,11 +95,14 @@ class NcclPath:
             comm.abort()
 
     def destroy(self) -> None:
-        """Destroy the communicator."""
-        self._thread.join()
-        if self._comm is not None:
+        """Destroy the communicator; abort one that never opened."""
+        self._thread.join(OPENING_S)
+        if self._thread.is_alive() or self._error is not None:
+            self.abort()
+            self._thread.join()
+        elif self._comm is not None:
             self._comm.destroy()
-        self._stream.close()
+            self._stream.close()
 
     def _open(self) -> None:
         from nccl import core
@@ -118,9 +122,13 @@ class NcclPath:
         comm = self._comm
         if comm is None:
             raise TransferError("the path was aborted, since its peer is lost")
+        from nccl import bindings, core
+
+        # The bindings take an address; the methods of Communicator look at a tensor first, and mistake its device.
+        start = bindings.nccl.send if self._side == 0 else bindings.nccl.recv
+        view = bindings.nccl.Comm(comm.ptr)
         event = self._device.create_event()
-        start = comm.send if self._side == 0 else comm.recv
-        start(buffer.tensor(), 1 - self._side, stream=self._stream.handle)
+        start(buffer.address, buffer.nbytes, int(core.UINT8), 1 - self._side, view, self._stream.handle)
         event.record(self._stream)
         return event
 
@@ -293,10 +301,10 @@ def missing(device: Device) -> str | None:
     try:
         from nccl import core
 
-        core.get_version()
+        library = core.get_version().libnccl
     except Exception as error:  # whatever an installation can lack
         return f"nccl4py does not work here ({error}): pip install 'dejavu-serve[cuda]'"
-    return None
+    return None if library else "nccl4py finds no libnccl.so.2: pip install nvidia-nccl-cu13"
 
 
 def check_places(device: Device, comm: MPI.Intracomm) -> None:

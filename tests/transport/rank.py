@@ -35,6 +35,9 @@ def main(name, kind, socket, directory, index=None):
         for carrier in carriers.values():
             carrier.close()
     line.send(("end", None))
+    line.close()
+    if "mpi4py.MPI" in sys.modules:
+        os._exit(0)  # MPI_Finalize can wait for a dead rank for ever
 
 
 def serve(line, rank):
