@@ -64,7 +64,12 @@ def say_done(world: RankWorld) -> None:
 def choose_device(kind: str, local_rank: int) -> Device:
     """Open the device of a rank; several ranks share one where there are fewer."""
     num_gpus = num_cuda_devices() if kind != "cpu" else 0
-    return open_device("cuda", local_rank % num_gpus) if num_gpus else open_device("cpu" if kind == "auto" else kind)
+    if num_gpus == 0:
+        return open_device("cuda" if kind == "cuda" else "cpu")
+    import torch
+
+    torch.cuda.set_device(local_rank % num_gpus)
+    return open_device("cuda", local_rank % num_gpus)
 
 
 @contextmanager

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 NUM_RANKS = 2
 SIZES = {"cpu": "4KiB,64KiB,1MiB,16MiB", "cuda": "4KiB,64KiB,1MiB,16MiB,20MiB,64MiB,256MiB,1GiB"}
 MODELS = {"cpu": "opt-125m", "cuda": "opt-13b"}
-SLACK_BYTES = 1 << 20
+PROMPT_LENS = {"cpu": 250, "cuda": 1000}
+SLACK_BYTES = 1 << 20  # each message is rounded up in a store
 WINDOW_BYTES, WIDEST = 1 << 30, 16
 SEED = 100
 
@@ -68,8 +69,9 @@ class Settings:
 
     def needed_bytes(self, case: Case) -> int:
         """Count the bytes that a case keeps in a store."""
-        sizes = {"prompt": self.shape.layout.total_bytes, "token_step": self.shape.layout.total_bytes}
-        sizes |= {"microbatch": self.shape.layout.total_bytes, "many_pieces": many_pieces().nbytes}
+        layout = self.shape.layout
+        sizes = {"prompt": layout.total_bytes, "token_step": self.shape.batch * layout.bytes_per_token}
+        sizes |= {"microbatch": layout.total_bytes, "many_pieces": many_pieces().nbytes}
         one = sizes.get(case.operation, case.size)
         return (self.window(case) + 1) * (one + SLACK_BYTES)
 
@@ -77,7 +79,7 @@ class Settings:
 @click.command()
 @click.option("--model", default="auto", show_default=True, help="Of the table; auto: opt-13b on GPUs, else opt-125m.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Rows of the microbatch.")
-@click.option("--prompt-len", default=1000, show_default=True, type=click.IntRange(1), help="Tokens of each prompt.")
+@click.option("--prompt-len", type=click.IntRange(1), help="Tokens of each prompt  [default: GPUs 1000, CPUs 250]")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(1), help="Tensor ranks that share the heads.")
 @click.option("--pp", default=4, show_default=True, type=click.IntRange(1), help="Stages that share the layers.")
 @click.option("--block-size", default=16, show_default=True, type=click.IntRange(1), help="Tokens of a block.")
@@ -106,7 +108,8 @@ def make_settings(options: Row) -> Settings:
     if kind == "auto":
         kind = "cuda" if num_cuda_devices() else "cpu"
     model = MODELS[kind] if options["model"] == "auto" else options["model"]
-    shape = CacheShape(model, *(options[name] for name in ("batch", "prompt_len", "tp", "pp", "block_size")))
+    prompt_len = options["prompt_len"] or PROMPT_LENS[kind]
+    shape = CacheShape(model, options["batch"], prompt_len, *(options[name] for name in ("tp", "pp", "block_size")))
     assert shape.layout.total_bytes > 0
     sizes = parse_sizes(SIZES[kind] if options["sizes"] == "auto" else options["sizes"])
     cases = choose_cases(list_cases(parse_transports(options["transports"]), sizes), options["pattern"])
@@ -189,42 +192,68 @@ def run_cases(world: "RankWorld", settings: Settings, cases: list[Case], names: 
         if isinstance(carriers, str):
             report.waive(cases, carriers)
             return
-        ceilings: dict[tuple[Any, ...], Timing] = {}
+        bench = Bench(world, settings, carriers, names, report)
         for case in cases:
-            measure_case(world, settings, case, carriers, names, report, ceilings)
+            bench.run(case)
+        bench.close()
 
 
-def measure_case(
-    world: "RankWorld",
-    settings: Settings,
-    case: Case,
-    carriers: "dict[Gathering, Carrier]",
-    names: list[str],
-    report: Report,
-    ceilings: "dict[tuple[Any, ...], Timing]",
-) -> None:
-    """Measure one case and its ceiling, and add its row."""
-    from dejavu.transport.carrier import Gathering
+class Bench:
+    """Measure the cases of one carrier, each in turns with its ceiling."""
 
-    from .links import agree
+    def __init__(
+        self,
+        world: "RankWorld",
+        settings: Settings,
+        carriers: "dict[Gathering, Carrier]",
+        names: list[str],
+        report: Report,
+    ) -> None:
+        self.world = world
+        self.settings = settings
+        self.carriers = carriers
+        self.names = names
+        self.report = report
+        self._ceilings: dict[tuple[Any, ...], Any] = {}
 
-    carrier = carriers[Gathering.NAIVE if case.is_naive else Gathering.PACKED]
-    load, reason = None, ""
-    try:
-        load = make_load(world, settings, case, carrier)
-    except (CapacityError, MemoryError) as error:
-        reason = str(error) or "there is too little memory"
-    if reason := agree(world, reason):
-        report.waive([case], reason)
-    elif load is not None:
-        timing, wrong = measure_load(world, load, settings.repeats)
+    def run(self, case: Case) -> None:
+        """Measure one case, and add its row."""
+        from .links import agree
+
+        load, reason = None, ""
+        try:
+            load = make_load(self.world, self.settings, case, self.carrier(case))
+        except (CapacityError, MemoryError) as error:
+            reason = str(error) or "there is too little memory"
+        if reason := agree(self.world, reason):
+            self.report.waive([case], reason)
+        elif load is not None:
+            timings, wrong = measure_load(self.world, load, self.ceiling(case, load), self.settings.repeats)
+            self.report.rows.append(make_row(case, load, timings, self.names, wrong))
+        if load is not None:
+            self.world.share()  # no rank frees what another one still works with
+            load.close()
+
+    def carrier(self, case: Case) -> "Carrier":
+        """Give the carrier that was opened for a case's level."""
+        from dejavu.transport.carrier import Gathering
+
+        return self.carriers[Gathering.NAIVE if case.is_naive else Gathering.PACKED]
+
+    def ceiling(self, case: Case, load: Any) -> Any:
+        """Give the plain transfer of the same bytes."""
+        from .ceilings import make_ceiling
+
         key = (case.direction, load.nbytes, load.window)
-        if key not in ceilings:
-            ceilings[key] = measure_ceiling(world, case, load, carrier, settings.repeats)
-        report.rows.append(make_row(case, load, timing, ceilings[key], names, wrong))
-    if load is not None:
-        world.share()  # no rank frees what another one still works with
-        load.close()
+        if key not in self._ceilings:
+            self._ceilings[key] = make_ceiling(self.world, case.transport, *key, self.carrier(case))
+        return self._ceilings[key]
+
+    def close(self) -> None:
+        """Free what the plain transfers hold."""
+        self.world.share()
+        for ceiling in self._ceilings.values():
+            ceiling.close()
 
 
 def make_load(world: "RankWorld", settings: Settings, case: Case, carrier: "Carrier") -> Any:
@@ -245,37 +274,26 @@ def make_load(world: "RankWorld", settings: Settings, case: Case, carrier: "Carr
     return MessageLoad(world, carrier, exchange, case.direction, settings.window(case))
 
 
-def measure_load(world: "RankWorld", load: Any, repeats: int) -> "tuple[Timing, int]":
-    """Time a load, and count on all ranks what arrived wrong."""
+def measure_load(world: "RankWorld", load: Any, ceiling: Any, repeats: int) -> "tuple[list[Timing], int]":
+    """Time a load and its ceiling, and count on all ranks what arrived wrong."""
     from .signals import PutFlag
     from .timing import measure
 
     if isinstance(load, PutFlag):
-        timing, wrong = load.measure(repeats), load.count_wrong()
-        return timing, int(sum(row[0] for row in world.share(float(wrong))))
-    load.refresh(SEED)
-    timing = measure(world, load, repeats, lambda: load.refresh(SEED + 1))
-    wrong = load.count_wrong(SEED + 1)
-    return timing, int(sum(row[0] for row in world.share(float(wrong))))
+        timings = [load.measure(repeats), *measure(world, [ceiling], repeats)]
+        wrong = load.count_wrong()
+    else:
+        load.refresh(SEED)
+        timings = measure(world, [load, ceiling], repeats, lambda: load.refresh(SEED + 1))
+        wrong = load.count_wrong(SEED + 1)
+    return timings, int(sum(row[0] for row in world.share(float(wrong))))
 
 
-def measure_ceiling(world: "RankWorld", case: Case, load: Any, carrier: "Carrier", repeats: int) -> "Timing":
-    """Time the plain transfer of the same bytes."""
-    from .ceilings import make_ceiling
-    from .timing import measure
-
-    plain = make_ceiling(world, case.transport, case.direction, load.nbytes, load.window, carrier)
-    timing = measure(world, plain, repeats)
-    world.share()
-    plain.close()
-    return timing
-
-
-def make_row(case: Case, load: Any, timing: "Timing", ceiling: "Timing", names: list[str], wrong: int) -> Row:
-    """Put one case into columns."""
+def make_row(case: Case, load: Any, timings: "list[Timing]", names: list[str], wrong: int) -> Row:
+    """Put one case and its ceiling into columns."""
     source, target = reversed(names) if case.direction == "in" else names
     arrow = "+".join(names) if case.direction == "both" else None
-    gbps, ceiling_gbps = (load.nbytes / each.each_s / 1e9 for each in (timing, ceiling))
+    gbps, ceiling_gbps = (load.nbytes / timing.each_s / 1e9 for timing in timings)
     return {
         "operation": case.operation,
         "transport": case.transport,
@@ -284,9 +302,9 @@ def make_row(case: Case, load: Any, timing: "Timing", ceiling: "Timing", names: 
         "target": arrow or target,
         "bytes": load.nbytes,
         "pieces": load.num_pieces,
-        "post_us": timing.median_post_s * 1e6,
-        "latency_us_p50": timing.percentile(50) * 1e6,
-        "latency_us_p99": timing.percentile(99) * 1e6,
+        "post_us": timings[0].median_post_s * 1e6,
+        "latency_us_p50": timings[0].percentile(50) * 1e6,
+        "latency_us_p99": timings[0].percentile(99) * 1e6,
         "bandwidth_gbps": gbps,
         "ceiling_gbps": ceiling_gbps,
         "percent_of_ceiling": 100 * gbps / ceiling_gbps,

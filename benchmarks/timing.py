@@ -7,7 +7,7 @@ in the same way. Only what a driver cannot hold behind a wait (hundreds of copie
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -136,21 +136,36 @@ def await_end(device: Device, item: Waitable) -> None:
     item.wait(WAIT_S)
 
 
-def measure(world: World, load: Load, repeats: int, refresh: Callable[[], None] = lambda: None) -> Timing:
-    """Warm up and time a load; `refresh` makes new contents before the last transfers."""
-    run_round(world, load, 1)
-    singles, posts = [], []
-    for _ in range(_agree(world, run_round(world, load, 1)[0], repeats)):
-        elapsed_s, post_s = run_round(world, load, 1)
-        singles.append(elapsed_s)
-        posts.append(post_s)
-    windows = []
-    if load.window > 1:
-        run_round(world, load, load.window)
-        windows = [run_round(world, load, load.window)[0] / load.window for _ in range(WINDOWS)]
+def measure(
+    world: World, loads: Sequence[Load], repeats: int, refresh: Callable[[], None] = lambda: None
+) -> list[Timing]:
+    """Warm up and time loads of one window in turns, so that a noisy machine slows all of them alike.
+
+    `refresh` makes new contents before the last round, so that what has arrived at the end came with that one.
+    """
+    timings = [Timing([], [], []) for _ in loads]
+    for load in loads:
+        run_round(world, load, 1)
+    elapsed_s = sum(run_round(world, load, 1)[0] for load in loads)
+    for _ in range(_agree(world, elapsed_s, repeats)):
+        for load, timing in zip(loads, timings, strict=True):
+            single_s, post_s = run_round(world, load, 1)
+            timing.singles.append(single_s)
+            timing.posts.append(post_s)
+    _measure_windows(world, loads, timings)
     refresh()
-    run_round(world, load, load.window)
-    return Timing(singles, windows, posts)
+    for load in loads:
+        run_round(world, load, load.window)
+    return timings
+
+
+def _measure_windows(world: World, loads: Sequence[Load], timings: list[Timing]) -> None:
+    """Time windows, where they hold more than one transfer; the first round of each is a warm-up."""
+    for turn in range(WINDOWS + 1):
+        for load, timing in zip(loads, timings, strict=True):
+            if load.window > 1:
+                elapsed_s, _ = run_round(world, load, load.window)
+                timing.windows += [elapsed_s / load.window] if turn else []
 
 
 def _agree(world: World, elapsed_s: float, repeats: int) -> int:
