@@ -35,8 +35,9 @@ NUM_WORDS = 8192  # of one rank: how many receives can be under way
 WORDS_BYTES = NUM_WORDS * WORD_BYTES
 CLOSE_S = 5.0  # how long a close waits for peers to keep off this rank's memory
 FAREWELL_S = 1.0  # how long a line may have ended before its process does
-SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1e-4, 5e-3
-COPYING_PAUSE_S = 2e-3  # nobody waits for the thread while copies go well
+AWAITED_PAUSES_S = 1e-4, 5e-3  # between looks, where a post or a stream waits for the thread
+PAUSES_S = 2e-3, 2e-2  # where it only looks after copies
+LINGER_S = 0.5  # how long it goes on looking, so that the next send need not wake it
 
 
 @dataclass(slots=True, eq=False)
@@ -289,7 +290,7 @@ class IpcCarrier(Carrier):
 
         send.start(self._lanes.run(send.nbytes, send.ready, work, (send, post, place)))
         self._copying.append(Copying(peer, send, post))
-        self._wake(at_once=False)
+        self._wake(at_once=send in self._gated)
 
     # Ends, called back by transfers
 
@@ -340,17 +341,18 @@ class IpcCarrier(Carrier):
 
     def _serve(self) -> None:
         self.device.free_bytes()  # any such call makes a CUDA device current in the thread
-        busy_since_s = time.monotonic()
+        moved_s = time.monotonic()
         while not self._is_closing:
             with self._lock:
-                self._is_alert = self._is_busy()
-            busy_s = time.monotonic() - busy_since_s if self._is_alert else None
-            heard = self._selector.select(_rest(busy_s, SHORTEST_PAUSE_S if self._unready else COPYING_PAUSE_S))
+                quiet_s = time.monotonic() - moved_s
+                self._is_alert = quiet_s < LINGER_S or self._is_busy()
+                is_awaited = bool(self._unready or self._gated)
+            heard = self._selector.select(_rest(quiet_s, is_awaited=is_awaited) if self._is_alert else None)
             with self._lock:
                 for selected, _ in heard:
                     selected.data()
-                if self._tend() or heard or busy_s is None:
-                    busy_since_s = time.monotonic()
+                if self._tend() or heard:
+                    moved_s = time.monotonic()
         self._say_rest()
 
     def _is_busy(self) -> bool:
@@ -390,7 +392,7 @@ class IpcCarrier(Carrier):
     def _say_rest(self) -> None:
         end_s = time.monotonic() + FAREWELL_S
         while any(peer.line.has_more_to_say for peer in self._peers.values()) and time.monotonic() < end_s:
-            time.sleep(LONGEST_PAUSE_S)
+            time.sleep(PAUSES_S[0])
             for peer in self._peers.values():
                 peer.line.flush()
 
@@ -485,11 +487,10 @@ def _bind(action: Callable[[Peer], None], peer: Peer) -> Callable[[], None]:
     return lambda: action(peer)
 
 
-def _rest(busy_s: float | None, shortest_s: float) -> float | None:
+def _rest(quiet_s: float, *, is_awaited: bool) -> float:
     """Give how long to sleep in the selector; a pause under its resolution is slept here."""
-    if busy_s is None:
-        return None
-    pause_s = min(LONGEST_PAUSE_S, max(shortest_s, busy_s / 8))
+    shortest_s, longest_s = AWAITED_PAUSES_S if is_awaited else PAUSES_S
+    pause_s = min(longest_s, max(shortest_s, quiet_s / 8))
     if pause_s >= 1e-3:
         return pause_s
     time.sleep(pause_s)
