@@ -52,6 +52,7 @@ class Handle(Transfer):
         self._awaited = num_parts  # parts that are still to be started
         self._parts: list[Transfer] = []
         self._running: dict[int, Transfer] = {}
+        self._held: list[object] = []  # memory, pieces and stream of each part, which have to live until it has ended
         self._landing = landing
         self._groups = list(groups)
         self._failure: TransferError | None = None
@@ -68,6 +69,7 @@ class Handle(Transfer):
             self._look()
         if self._running or self._awaited:
             return False
+        self._held.clear()
         if self._landing is not None:
             self._land(self._landing)
         return True
@@ -79,7 +81,7 @@ class Handle(Transfer):
 
     def wait(self, deadline_s: float | None = DEFAULT_DEADLINE_S) -> None:
         """Block until every part has ended."""
-        assert not self._awaited, "a wait for layers that are still to be computed: say layer_done for all of them"
+        self._check_started()
         end_s = float("inf") if deadline_s is None else time.monotonic() + deadline_s
         while not self.done:
             left_s = end_s - time.monotonic()
@@ -95,8 +97,11 @@ class Handle(Transfer):
 
     def order(self, stream: Stream) -> None:
         """Let later work of `stream` wait for all parts; raises the error of one that has failed already."""
+        self._check_started()
         for part in self._parts:
             part.order(stream)
+        if self._failure is not None:
+            raise self._failure
 
     def cancel(self) -> None:
         """End all parts early. Until `done`, bytes may still be read and written."""
@@ -116,6 +121,10 @@ class Handle(Transfer):
         self._awaited -= 1
         self._running[len(self._parts)] = part
         self._parts.append(part)
+        self._held.append(post)
+
+    def _check_started(self) -> None:
+        assert not self._awaited, "a wait for layers that are still to be computed: say layer_done for all of them"
 
     def _look(self) -> None:
         """Take note of the parts that have ended since."""

@@ -1,10 +1,12 @@
 """Stream token steps: one new token of each row, again and again, with as little work for the host as can be."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from dejavu.device.base import Stream
+from dejavu.errors import TransferError
 from dejavu.kv.handle import Handle, group_layers
 from dejavu.kv.layout import Ints
 from dejavu.kv.packing import PackedStep
@@ -64,7 +66,8 @@ class StepStreamer:
         """
         handle = self._post(self._out, self.carrier.send, step, rows, position, None, stream)
         if self.level is not Level.FULL:
-            handle.order(stream)
+            with suppress(TransferError):  # of a step that has failed already: the handle has it
+                handle.order(stream)
         return handle
 
     def receive(self, step: int, rows: Ints, position: Ints, *, stream: Stream) -> Handle:

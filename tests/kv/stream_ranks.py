@@ -17,7 +17,7 @@ from mpi4py import MPI
 
 from dejavu.device import num_cuda_devices, open_device
 from dejavu.device.base import Location
-from dejavu.errors import TransferError
+from dejavu.errors import DeadlineError, TransferError
 from dejavu.kv import (
     CacheSide,
     KVPool,
@@ -244,10 +244,14 @@ def sides_that_disagree_fail(world):
         handle = stream_out(carrier, sender, resharding, Selection.of({"a": (0, 9)}), **options)
     else:
         handle = stream_in(carrier, receiver, resharding, Selection.of({"a": (0, 8)}), **options)
+    with pytest.raises((TransferError, DeadlineError)):  # the latter where the peer gave up before this side was posted
+        handle.wait(3.0)
+    handle.cancel()
     with pytest.raises(TransferError):
         handle.wait(DEADLINE_S)
     if receiver:
         assert receiver.length("a") == 0
+    world.barrier()
 
 
 def steps_reach_the_other_side(world):
@@ -296,7 +300,37 @@ def steps_of_several_rows_go_together(world):
         world.open.close()
 
 
+def replicas_restore_what_was_lost(world):
+    """Keep each stage's steps in the next rank's host memory, and give them back to a new pool of the stage."""
+    level, stream = Level.LAYERED, world.device.compute_stream
+    own, last = world.rank, (world.rank - 1) % NUM_RANKS
+    stages = make_side(Geometry(even(4, NUM_RANKS), (0, NUM_HEADS), 4), ROWS, 0, 3)
+    sent = put_elements(stages, BACKGROUND, WHOLE)
+    alone = [CacheSide((each,), stages.rows) for each in stages.ranks]
+    moved = [choose_ranks(side, [(rank + 1) % NUM_RANKS]) for rank, side in enumerate(alone)]
+    pool, replica = world.pool(alone[own], ROWS, sent), world.pool(moved[last], {}, location=Location.HOST)
+    there, here = without_rows(alone[own], moved[own]), without_rows(alone[last], moved[last])
+    carrier, transfer = world.carrier(level), world.transfer()
+    out = StepStreamer(carrier, pool, there, 0, transfer=transfer, level=level)
+    back = StepStreamer(carrier, replica, here, 0, transfer=transfer, level=level)
+    for step in range(max(ROWS.values())):
+        rows = np.array([i for i, length in enumerate(ROWS.values()) if step < length])
+        handles = [side(step, rows, np.full(len(rows), step), stream=stream) for side in (back.receive, out.send)]
+        for handle in handles:
+            handle.wait(DEADLINE_S)
+    assert {row: replica.length(row) for row in ROWS} == ROWS
+    pool.memory.tensor().fill_(BACKGROUND)
+    common, options = Selection.of(WHOLE), {"transfer": world.transfer(), "stream": stream, "level": level}
+    restored = stream_in(carrier, pool, without_rows(moved[own], alone[own]), common, **options)
+    assert {pool.length(row) for row in ROWS} == {0}
+    given = stream_out(carrier, replica, without_rows(moved[last], alone[last]), common, **options)
+    for handle in (restored, given):
+        handle.wait(DEADLINE_S)
+    check(pool, sent, ROWS)
+
+
 CASES = (
+    replicas_restore_what_was_lost,
     random_pairs,
     layers_follow_their_compute,
     a_cancelled_receive_leaves_tokens_void,

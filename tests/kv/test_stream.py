@@ -44,6 +44,7 @@ CASES = (
     "sides_that_disagree_fail",
     "steps_reach_the_other_side",
     "steps_of_several_rows_go_together",
+    "replicas_restore_what_was_lost",
 )
 LAYOUT = PoolLayout(6, 2, 3, 4, 1, 2, 5, 4)
 FIRST = {"a": [3, 0], "b": [5]}
