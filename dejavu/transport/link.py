@@ -7,6 +7,7 @@ that were sent), and a transfer ends only when the wire has let go of its memory
 `receive` runs on the carrier's progress thread; the wire belongs to that thread.
 """
 
+import ctypes
 import threading
 import time
 from abc import abstractmethod
@@ -23,10 +24,12 @@ from dejavu.transport.parcels import Incoming, Outgoing, Staging
 from dejavu.transport.progress import Gates, HostTransfer, Progress, Steps, until
 from dejavu.transport.staging import Slots
 
+_PR_SET_TIMERSLACK = 29
 MAX_OFFERS = 1 << 16  # of one peer, waiting for their sends
 WITHDRAW_S = 5.0  # how long a side that gives up waits for the other one
-BUSY_S = 100e-6  # how long the thread looks again at once
-SHORTEST_NAP_S = 50e-6
+BUSY_S = 30e-6  # how long the thread looks again at once; more would keep the interpreter from the other threads
+SHORTEST_NAP_S = 20e-6
+TIMER_SLACK_NS = 1000  # by how much a nap may be longer; the default is 50,000
 LINGER_S = 20e-3  # how long it goes on looking after the last transfer
 Side = TypeVar("Side", Outgoing, Incoming)
 
@@ -37,7 +40,6 @@ class Wire(Closing):
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
-        self.busy_s = BUSY_S
         self.longest_nap_s = 2e-3  # while transfers are under way
         self.idle_nap_s: float | None = None  # without any; None where the wire can always wake the thread
         self.lost: dict[int, str] = {}
@@ -119,6 +121,10 @@ class LinkProgress(Progress):
         self._wire.wake()
         super().close()
 
+    def _run(self, device: Device) -> None:
+        set_timer_slack(TIMER_SLACK_NS)
+        super()._run(device)
+
     def _rest(self, idle_s: float) -> bool:
         with self._wake:
             has_tasks, is_closing = bool(self._tasks), self._is_closing
@@ -127,7 +133,7 @@ class LinkProgress(Progress):
         if not has_tasks and idle_s > LINGER_S:
             self._wire.nap(self._wire.idle_nap_s)
             self._was_woken = True  # by something that may take more than one look to be seen
-        elif idle_s > self._wire.busy_s:
+        elif idle_s > BUSY_S:
             self._wire.nap(min(self._wire.longest_nap_s, max(SHORTEST_NAP_S, idle_s / 8)))
         return True
 
@@ -354,6 +360,11 @@ class LinkCarrier(Carrier):
                     self._num_offers[peer] -= 1
                     return True
         return False
+
+
+def set_timer_slack(nanoseconds: int) -> None:
+    """Make the sleeps of the calling thread exact; where the kernel refuses, they stay longer."""
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds))
 
 
 def take_stop(parcel: Incoming, note: Note) -> None:

@@ -25,9 +25,8 @@ from dejavu.transport.notes import Kind, Note
 from dejavu.transport.parcels import Incoming, Loan, Outgoing
 
 CHUNK_BYTES = 64 << 20
-NUM_SLOTS = 4
+NUM_SLOTS = 3  # device memory, allocated when a message first needs packing
 WINDOW = 4  # chunks of one message that are launched at a time
-BUSY_S = 2e-3  # the thread looks again at once for so long: a sleep costs as much as 20 MB over NVLink
 OPENING_S = 10.0  # how long a close waits for a path that is being opened
 ID_TAG = 2
 ID_BYTES = 128
@@ -146,7 +145,6 @@ class NcclWire(MpiWire):
     def __init__(self, device: Device, comm: MPI.Intracomm) -> None:
         super().__init__(comm)
         self.device = device
-        self.busy_s = BUSY_S
         self._out: dict[int, Path] = {}
         self._in: dict[int, Path] = {}
         self._announced: dict[int, deque[tuple[Incoming, int]]] = {}
