@@ -33,9 +33,8 @@ def move_reference(target: "Tensor", source: "Tensor", pieces: Pieces) -> None:
         target[to : to + nbytes] = source[start : start + nbytes]
         return
     unit = int(np.gcd.reduce(np.concatenate([pieces.source, pieces.target, pieces.nbytes])))
-    device = target.device
-    to, start = (torch.from_numpy(_units(side, pieces, unit)).to(device) for side in (pieces.target, pieces.source))
-    _in_units(target, unit)[to] = _in_units(source, unit)[start]
+    to, start = (torch.from_numpy(_units(side, pieces, unit)) for side in (pieces.target, pieces.source))
+    _in_units(target, unit)[to.to(target.device)] = _in_units(source, unit)[start.to(source.device)]
 
 
 def _units(offsets: "np.ndarray", pieces: Pieces, unit: int) -> "np.ndarray":
@@ -67,28 +66,29 @@ class Check:
 
     def fill(self, source: Buffer, seed: int) -> None:
         """Write fresh random bytes over the source."""
-        source.tensor().copy_(random_bytes(self.device, self.source_bytes, seed))
-        self._settle()
+        self._copy(source, random_bytes(self.device, self.source_bytes, seed))
 
     def poison(self, target: Buffer, seed: int) -> None:
         """Write random bytes over the target, and where the pieces belong the opposite of what must arrive."""
         self._wanted = random_bytes(self.device, self.target_bytes, seed + 1)
-        tensor = target.tensor()
         source = random_bytes(self.device, self.source_bytes, seed)
         move_reference(self._wanted, source, self.pairs)
-        tensor.copy_(self._wanted)
-        move_reference(tensor, source.bitwise_not_(), self.pairs)
-        self._settle()
+        poison = self._wanted.clone()
+        move_reference(poison, source.bitwise_not_(), self.pairs)
+        self._copy(target, poison)
 
     def count_wrong(self, target: Buffer) -> int:
         """Count the bytes that are not what they must be, those beside the pieces included."""
         assert self._wanted is not None, "poison the target first"
-        self._settle()
-        parts = zip(target.tensor().split(CHUNK_BYTES), self._wanted.split(CHUNK_BYTES), strict=True)
+        from torch import empty_like
+
+        arrived = empty_like(self._wanted)
+        self._copy(arrived, target)
+        parts = zip(arrived.split(CHUNK_BYTES), self._wanted.split(CHUNK_BYTES), strict=True)
         return sum(count_differing(here, wanted) for here, wanted in parts)
 
-    def _settle(self) -> None:
-        if self.device.properties.kind == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.device.torch_device)
+    def _copy(self, target: "Buffer | Tensor", source: "Buffer | Tensor") -> None:
+        """Copy behind torch's work, and wait."""
+        stream = self.device.compute_stream
+        self.device.copy(target, source, stream=stream)
+        stream.synchronize()

@@ -44,6 +44,7 @@ MODELS = {"cpu": "opt-125m", "cuda": "opt-13b"}
 PROMPT_LENS = {"cpu": 250, "cuda": 1000}
 SLACK_BYTES = 1 << 20  # each message is rounded up in a store
 WINDOW_BYTES, WIDEST = 1 << 30, 16
+SMALL_BYTES = 64 << 10
 SEED = 100
 
 
@@ -62,8 +63,8 @@ class Settings:
         return list(dict.fromkeys(case.transport for case in self.cases))
 
     def window(self, case: Case) -> int:
-        """Give how many plain messages are under way together: on a CPU one, since each copy takes a core."""
-        if self.kind == "cpu" or case.operation != "contiguous":
+        """Give how many plain messages are under way together: on a CPU only small ones, since a copy takes a core."""
+        if case.operation != "contiguous" or (self.kind == "cpu" and case.size > SMALL_BYTES):
             return 1
         return max(2, min(WIDEST, WINDOW_BYTES // case.size))
 

@@ -165,7 +165,7 @@ def _measure_windows(world: World, loads: Sequence[Load], timings: list[Timing])
         for load, timing in zip(loads, timings, strict=True):
             if load.window > 1:
                 elapsed_s, _ = run_round(world, load, load.window)
-                timing.windows += [elapsed_s / load.window] if turn else []
+                timing.windows.extend([elapsed_s / load.window] if turn else [])
 
 
 def _agree(world: World, elapsed_s: float, repeats: int) -> int:
