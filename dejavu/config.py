@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -32,6 +32,21 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Count = Annotated[int, Field(ge=1)]
 
 
+class PipelineShape(NamedTuple):
+    """Give one pipeline's stages, tensor ranks, microbatches in flight and rows of each."""
+
+    role: Literal["both", "prompt", "token"]
+    pp: int
+    tp: int
+    num_microbatches: int
+    microbatch_size: int
+
+    @property
+    def num_rows(self) -> int:
+        """Give the number of requests that can be in the pipeline at once."""
+        return self.num_microbatches * self.microbatch_size
+
+
 def option(default: Any, group: str, description: str, **limits: Any) -> Any:
     """Declare a configuration field: its default, the group it is listed under in `--help`, and what it does."""
     return Field(default, description=description, json_schema_extra={"group": group}, **limits)
@@ -55,10 +70,28 @@ class ServeConfig(BaseModel):
 
     pp: Count = option(1, "Parallelism", "Pipeline stages.")
     tp: Count = option(1, "Parallelism", "Tensor-parallel ranks per stage; has to divide heads, KV heads and FFN.")
+    dp: Count = option(1, "Parallelism", "Copies of the pipeline, which share the requests.")
     layers_per_stage: Annotated[tuple[Count, ...], BeforeValidator(parse_numbers)] | None = option(
         None, "Parallelism", "Layers of each stage, such as 8,11,11; even by default."
     )
     threads: int = option(0, "Parallelism", "CPU threads of each worker; 0 shares this host's cores.", ge=0)
+
+    prompt_pp: int = option(0, "Disaggregation", "Stages of a pipeline for prompts alone; goes with --token-pp.", ge=0)
+    token_pp: int = option(0, "Disaggregation", "Stages of a pipeline for token generation alone.", ge=0)
+    prompt_tp: int = option(0, "Disaggregation", "Tensor ranks per prompt stage; 0 is --tp.", ge=0)
+    token_tp: int = option(0, "Disaggregation", "Tensor ranks per token stage; 0 is --tp.", ge=0)
+    prompt_microbatch_size: int = option(
+        0, "Disaggregation", "Rows of a prompt microbatch; 0 is --microbatch-size.", ge=0
+    )
+    handover_rows: int = option(
+        0, "Disaggregation", "Requests whose KV may wait on the token side for a row; 0 is a prompt microbatch.", ge=0
+    )
+    transport: Literal["mpi", "ipc", "tcp", "rma"] = option(
+        "ipc", "Disaggregation", "What carries KV from the prompt stages to the token stages."
+    )
+    stream_level: Literal["naive", "buffered", "layered"] = option(
+        "layered", "Disaggregation", "Stream a prompt's KV piece by piece, packed at its end, or layer by layer."
+    )
 
     microbatch_size: Count = option(4, "Scheduling", "Rows of a microbatch.")
     num_microbatches: int = option(0, "Scheduling", "Microbatches in flight; 0 is one per stage, the least.", ge=0)
@@ -99,11 +132,17 @@ class ServeConfig(BaseModel):
     )
 
     @model_validator(mode="after")
-    def check_pipeline(self) -> "ServeConfig":
+    def check_pipelines(self) -> "ServeConfig":
         """Check what one field says against another."""
-        if self.num_microbatches and self.num_microbatches < self.pp:
+        if (self.prompt_pp > 0) != (self.token_pp > 0):
+            given = "prompt_pp" if self.prompt_pp else "token_pp"
+            raise ValueError(f"{given} is given alone: disaggregation needs prompt_pp and token_pp")
+        if self.is_disaggregated:
+            self.check_disaggregated()
+        depth = self.token_pp or self.pp
+        if self.num_microbatches and self.num_microbatches < depth:
             raise ValueError(
-                f"num_microbatches {self.num_microbatches} leaves stages idle: use at least pp, which is {self.pp}"
+                f"num_microbatches {self.num_microbatches} leaves stages idle: use at least the {depth} stages"
             )
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pp:
             raise ValueError(
@@ -112,20 +151,49 @@ class ServeConfig(BaseModel):
             )
         return self
 
-    @property
-    def microbatches(self) -> int:
-        """Give the number of microbatches that move through the pipeline."""
-        return self.num_microbatches or self.pp
+    def check_disaggregated(self) -> None:
+        """Refuse what only a colocated pipeline has."""
+        for name, other in {"pp": "prompt_pp and token_pp", "dp": "one pair of pipelines"}.items():
+            if name in self.model_fields_set and getattr(self, name) > 1:
+                raise ValueError(f"{name} is for colocated pipelines: with disaggregation use {other}")
+        for name in ("layers_per_stage", "prompt_chunk"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is for colocated pipelines: leave it out with disaggregation")
 
     @property
-    def num_rows(self) -> int:
-        """Give the number of requests that can be in the pipeline at once."""
-        return self.microbatches * self.microbatch_size
+    def is_disaggregated(self) -> bool:
+        """Tell whether prompts have a pipeline of their own."""
+        return self.prompt_pp > 0
+
+    @property
+    def pipeline_shapes(self) -> tuple[PipelineShape, ...]:
+        """Give the shape of each pipeline, in the order of their ranks."""
+        if not self.is_disaggregated:
+            both = PipelineShape("both", self.pp, self.tp, self.num_microbatches or self.pp, self.microbatch_size)
+            return (both,) * self.dp
+        prompt_rows = self.prompt_microbatch_size or self.microbatch_size
+        return (
+            PipelineShape("prompt", self.prompt_pp, self.prompt_tp or self.tp, self.prompt_pp, prompt_rows),
+            PipelineShape(
+                "token",
+                self.token_pp,
+                self.token_tp or self.tp,
+                self.num_microbatches or self.token_pp,
+                self.microbatch_size,
+            ),
+        )
+
+    @property
+    def num_handover_rows(self) -> int:
+        """Give the number of requests whose KV may wait on the token side for a row."""
+        if not self.is_disaggregated:
+            return 0
+        return self.handover_rows or self.prompt_microbatch_size or self.microbatch_size
 
     @property
     def num_workers(self) -> int:
-        """Give the number of ranks that hold a part of the model."""
-        return self.pp * self.tp
+        """Count the ranks that hold a part of the model."""
+        return sum(shape.pp * shape.tp for shape in self.pipeline_shapes)
 
     def replace(self, **changes: Any) -> "ServeConfig":
         """Make a new, checked configuration with some fields changed."""

@@ -67,7 +67,13 @@ class Completion:
     finish_reason: FinishReason | None = None
     admitted_s: float = float("nan")
     first_token_s: float = float("nan")
+    token_start_s: float = float("nan")  # when the pass for the second token began
     finish_s: float = float("nan")
+
+    @property
+    def handover_s(self) -> float:
+        """Give the time from the first token to the start of the first token step: what a hand-over leaves exposed."""
+        return self.token_start_s - self.first_token_s
 
     @property
     def ttft_s(self) -> float:

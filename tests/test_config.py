@@ -27,7 +27,7 @@ def test_workload_is_found_beside_the_profile(tmp_path):
         ("pp: 0", "pp 0 in {}: input should be greater than or equal to 1"),
         ("dtype: int8", "dtype 'int8' in {}: input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ("kv_memory: lots", "kv_memory 'lots' in {}: write a number of bytes such as 512M or 1.5G"),
-        ("pp: 3\nnum_microbatches: 2", "num_microbatches 2 leaves stages idle: use at least pp, which is 3"),
+        ("pp: 3\nnum_microbatches: 2", "num_microbatches 2 leaves stages idle: use at least the 3 stages"),
         ("pp: 3\nlayers_per_stage: 1,2", "layers_per_stage names 2 stages and pp is 3: give one number per stage"),
         ("- pp", "profile {} holds no mapping of keys to values: write lines such as `pp: 2`"),
         ("pp: [", "profile {} is not YAML: "),

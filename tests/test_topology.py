@@ -26,8 +26,8 @@ def test_places_controller_then_workers_stage_major():
         (5, 2, 0, 4, 6),
         (6, 2, 1, 4, 6),
     ]
-    assert topology.stage_ranks(1) == [3, 4]
-    assert [topology.rank_of(p.stage, p.shard.tp_rank) for p in topology.workers] == [1, 2, 3, 4, 5, 6]
+    assert topology.pipelines[0].stage_ranks(1) == [3, 4]
+    assert [topology.pipelines[0].rank_of(p.stage, p.shard.tp_rank) for p in topology.workers] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("num_layers", range(1, 12))

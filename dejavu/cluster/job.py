@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dejavu.config import ServeConfig
 from dejavu.engine.setup import EngineSetup
-from dejavu.engine.sizing import choose_row_len, size_cache
+from dejavu.engine.sizing import choose_row_len, size_caches
 from dejavu.model.resolve import ResolvedModel, resolve_model
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.planning.workload import WorkloadItem, make_workload, read_workload, to_requests, with_poisson_arrivals
@@ -39,9 +39,9 @@ def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
     )
     row_len = choose_row_len(config, model.spec, requests)
     dtype = choose_dtype(config, model)
-    cache = size_cache(config, model.spec, topology, row_len, dtype)
+    caches = size_caches(config, model.spec, topology, row_len, dtype)
     directory = None if config.load_format == "dummy" else model.directory
-    return Job(EngineSetup(config, model.spec, directory, topology, cache, dtype), tuple(requests), tokenizer)
+    return Job(EngineSetup(config, model.spec, directory, topology, caches, dtype), tuple(requests), tokenizer)
 
 
 def check_weights(config: ServeConfig, model: ResolvedModel) -> None:

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from dejavu.cluster.engine import Outcome, run_controller, run_worker
@@ -86,12 +87,7 @@ def write_description(directory: RunDirectory, job: Job, places: list[tuple[str,
     facts = {
         "mpi_library": MPI.Get_library_version().split(",")[0],
         "dtype": setup.dtype,
-        "kv_cache": {
-            "row_len": setup.cache.row_len,
-            "block_size": setup.cache.block_size,
-            "num_blocks": setup.cache.num_blocks,
-            "block_bytes": setup.cache.block_bytes,
-        },
+        "kv_caches": [asdict(cache) for cache in setup.caches],
     }
     ranks = rank_table(setup.topology, hosts, devices)
     directory.write_run(describe_run(setup.config.model_dump(mode="json"), ranks, **facts))
@@ -134,7 +130,7 @@ def status(controller: Controller, state: str) -> dict[str, object]:
         "requests_waiting": len(controller.waiting),
         "tokens_out": counts.tokens,
         "elapsed_s": controller.clock.now_s(),
-        "rows": controller.table.num_rows,
+        "rows": sum(lane.table.num_rows for lane in controller.seating.lanes),
         "busy_rows": running,
     }
 
@@ -144,14 +140,14 @@ def write_results(directory: RunDirectory, job: Job, completions: list[Completio
     setup = job.setup
     steps = sorted((step for report in outcome.reports.values() for step in report.steps), key=lambda s: s.start_s)
     names = {0: "controller"} | {
-        p.rank: f"stage {p.stage} tensor rank {p.shard.tp_rank}" for p in setup.topology.workers if p.shard
+        p.rank: f"{p.role} stage {p.stage} tensor rank {p.shard.tp_rank}" for p in setup.topology.workers if p.shard
     }
     summary = directory.write_records(
         completions,
         steps,
         rank_names=names,
-        num_stages=setup.topology.pp,
-        peak_kv_bytes=outcome.peak_blocks * setup.cache.block_bytes,
+        num_stages=setup.topology.num_stages,
+        peak_kv_bytes=max(n * cache.block_bytes for n, cache in zip(outcome.peak_blocks, setup.caches, strict=True)),
     )
     write_csv(directory.path / "ranks.csv", rank_records(setup.topology, outcome), RankRecord)
     directory.write_status({**(directory.read_status() or {}), "state": "done"})

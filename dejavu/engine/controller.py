@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from dejavu.engine.messages import Admission, Admissions, Ready, Release, Report, Sampled, SampledToken, Stop
-from dejavu.engine.rows import RowTable, blocks_needed
+from dejavu.engine.messages import Moved, Ready, Report, Sampled, SampledToken, Stop
+from dejavu.engine.seating import Seating
 from dejavu.engine.text import StreamFactory, TextWatch
-from dejavu.errors import CapacityError
 from dejavu.measure.clock import RunClock
 from dejavu.request import Completion, FinishReason, Request, TokenLogprobs, finish_reason
 from dejavu.transport.mpi import Channel
@@ -30,9 +29,9 @@ class TokenEvent:
 
 @dataclass(slots=True)
 class Running:
-    """Hold a request that sits in a row."""
+    """Hold a request that is being served."""
 
-    admission: Admission
+    serial: int  # unique in the run, so that nobody takes a late message for one about the row's next request
     completion: Completion
     watch: TextWatch | None
 
@@ -55,7 +54,7 @@ class Inbox:
 
 
 class Controller:
-    """Drive a pipeline from rank 0. `submit` and `cancel` may be called from any thread, all else from one.
+    """Drive the pipelines from rank 0. `submit` and `cancel` may be called from any thread, all else from one.
 
     Requests are seated in the order of their arrival; one that has to wait for memory lets none pass.
     """
@@ -63,19 +62,17 @@ class Controller:
     def __init__(
         self,
         channel: Channel,
-        head: int,
-        table: RowTable,
+        seating: Seating,
         eos_token_ids: tuple[int, ...],
         make_stream: StreamFactory | None = None,
         stall_timeout_s: float = 60.0,
     ) -> None:
-        """Drive the pipeline whose first stage is led by rank `head`; without `make_stream` there is no text.
+        """Drive the pipelines that `seating` keeps the books of; without `make_stream` there is no text.
 
         `clock` starts anew when the workers are ready: request arrivals count from then.
         """
         self.channel = channel
-        self.head = head
-        self.table = table
+        self.seating = seating
         self.eos_token_ids = eos_token_ids
         self.clock = RunClock.start()
         self.make_stream = make_stream
@@ -83,6 +80,7 @@ class Controller:
         self.inbox = Inbox()
         self.future: list[tuple[float, int, Request]] = []  # a heap of requests that have not arrived yet
         self.order = count()
+        self.next_serial = 0
         self.waiting: deque[Completion] = deque()  # arrived, first come first
         self.running: dict[int, Running] = {}  # by serial
         self.counts = Counts()
@@ -90,13 +88,9 @@ class Controller:
         self.ready: dict[int, Ready] = {}
 
     def submit(self, request: Request) -> None:
-        """Take a request; raise CapacityError if the pool could never hold it."""
-        needed, there = blocks_needed(request, self.table.block_size), self.table.num_blocks
-        if needed > there:
-            raise CapacityError(
-                f"request {request.request_id!r} needs {needed} KV blocks of {self.table.block_size} tokens "
-                f"and the pool has {there}: raise --kv-memory, or shorten it"
-            )
+        """Take a request; raise CapacityError if a pool could never hold it."""
+        for lane in self.seating.lanes:
+            lane.check(request)
         self.counts.submitted += 1
         self.inbox.requests.put(request)
 
@@ -146,6 +140,8 @@ class Controller:
             match message:
                 case Sampled():
                     events += self.take_tokens(message)
+                case Moved(serial):
+                    self.seating.moved(rank, serial)
                 case Report():
                     self.reports[rank] = message
                 case Ready():
@@ -169,28 +165,31 @@ class Controller:
         """Let arrived requests take rows, first come first served."""
         while self.future and self.future[0][0] <= self.clock.now_s():
             self.waiting.append(Completion(heapq.heappop(self.future)[2]))
-        admissions = []
-        while self.waiting and (admission := self.table.admit(self.waiting[0].request)):
+        while self.waiting and self.seating.seat(self.next_serial, self.waiting[0].request):
             completion = self.waiting.popleft()
             completion.admitted_s = self.clock.now_s()
             stop = completion.request.sampling.stop
             watch = TextWatch(self.make_stream(), stop) if self.make_stream else None
-            self.running[admission.serial] = Running(admission, completion, watch)
-            admissions.append(admission)
-        if admissions:
-            self.channel.send(self.head, Admissions(tuple(admissions)))
+            self.running[self.next_serial] = Running(self.next_serial, completion, watch)
+            self.next_serial += 1
+        self.seating.tell()
 
     def take_tokens(self, result: Sampled) -> list[tuple[TokenEvent, Completion]]:
         """Take the tokens of one pass; those of requests that have ended meanwhile are dropped."""
+        for token in result.tokens:
+            if token.index == 0:
+                self.seating.first_token(token.serial, token.token_id)
         live = [token for token in result.tokens if token.serial in self.running]
-        return [self.take_token(self.running[token.serial], token, result.time_s) for token in live]
+        return [self.take_token(self.running[token.serial], token, result) for token in live]
 
-    def take_token(self, running: Running, token: SampledToken, time_s: float) -> tuple[TokenEvent, Completion]:
+    def take_token(self, running: Running, token: SampledToken, result: Sampled) -> tuple[TokenEvent, Completion]:
         """Take one token, and end the request if it was its last."""
-        completion = running.completion
+        completion, time_s = running.completion, result.time_s
         assert token.index == len(completion.token_ids)
-        if not completion.token_ids:
+        if token.index == 0:
             completion.first_token_s = time_s
+        elif token.index == 1:
+            completion.token_start_s = result.start_s
         completion.token_ids.append(token.token_id)
         if token.logprobs:
             completion.logprobs.append(token.logprobs)
@@ -208,7 +207,7 @@ class Controller:
         ), completion
 
     def end(self, running: Running, reason: FinishReason, time_s: float) -> str:
-        """End a seated request: free its row, tell the pipeline; give the rest of its text."""
+        """End a request that is being served, and free what it holds; give the rest of its text."""
         completion = running.completion
         completion.finish_reason = reason
         completion.finish_s = time_s
@@ -216,9 +215,8 @@ class Controller:
         if running.watch:
             rest = running.watch.finish()
             completion.text = running.watch.text
-        del self.running[running.admission.serial]
-        self.table.release(running.admission)
-        self.channel.send(self.head, Release(running.admission.serial))
+        del self.running[running.serial]
+        self.seating.end(running.serial)
         self.counts.done += 1
         return rest
 
@@ -255,9 +253,18 @@ class Controller:
         self.wait_for(self.ready, workers, "the workers to load", deadline_s)
         return self.ready
 
+    def wait_clean(self) -> None:
+        """Wait until nothing is held for requests that have ended: hand-overs run out first."""
+        patience = self.channel.patience("the last hand-overs", self.stall_timeout_s)
+        while not self.seating.is_clean:
+            self.poll()
+            patience.pause()
+
     def stop(self, workers: Sequence[int]) -> dict[int, Report]:
-        """End the run, and collect what each worker recorded."""
-        self.channel.send(self.head, Stop())
+        """End the run when nothing is held for any request any more, and collect what each worker recorded."""
+        self.wait_clean()
+        for lane in self.seating.lanes:
+            self.channel.send(lane.ranks[0], Stop())
         self.wait_for(self.reports, workers, "the workers' reports", self.stall_timeout_s)
         return self.reports
 

@@ -16,6 +16,24 @@ class Admission:
     row: int
     blocks: tuple[int, ...]
     request: Request
+    handover: tuple[int, ...] = ()  # the token pipeline's blocks, to which a prompt pipeline streams the prompt's KV
+    first_token: int | None = None  # sampled by the prompt pipeline: the blocks hold the prompt's KV already
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Controller → every rank of the token pipeline: the KV of this request's prompt will come into these blocks."""
+
+    serial: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Prompt and token ranks → controller: this rank has sent, or has, all its part of a request's prompt KV."""
+
+    serial: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +79,7 @@ class Work:
     rows: tuple[RowWork, ...]
     admissions: tuple[Admission, ...]
     token_ids: tuple[int, ...]
+    start_s: float = 0.0  # when the first stage took it up, on the controller's clock
 
     @property
     def kind(self) -> StepKind:
@@ -89,6 +108,7 @@ class Sampled:
     microbatch: int
     tokens: tuple[SampledToken, ...]
     time_s: float  # on the controller's clock
+    start_s: float = 0.0  # of the pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,18 +44,19 @@ class BlockAllocator:
 
 @dataclass(slots=True)
 class RowTable:
-    """Assign requests to rows: the emptiest microbatch first, first come first served, never more than fits.
+    """Assign requests to the rows of one pipeline: the emptiest microbatch first, and never more than fits.
 
-    A request gets all blocks it can come to need, so that a step never finds the pool full.
+    A request gets all blocks it can come to need there, so that a pass never finds the pool full. Of `prompts_only`
+    rows, that is the prompt.
     """
 
     num_microbatches: int
     microbatch_size: int
     block_size: int
     num_blocks: int
+    prompts_only: bool = False
     blocks: BlockAllocator = field(init=False)
     occupants: dict[tuple[int, int], Admission] = field(default_factory=dict)
-    next_serial: int = 0
 
     def __post_init__(self) -> None:
         self.blocks = BlockAllocator(self.num_blocks)
@@ -65,16 +66,40 @@ class RowTable:
         """Give the number of rows, taken or not."""
         return self.num_microbatches * self.microbatch_size
 
-    def admit(self, request: Request) -> Admission | None:
+    @property
+    def is_full(self) -> bool:
+        """Tell whether every row is taken."""
+        return len(self.occupants) == self.num_rows
+
+    def blocks_needed(self, request: Request) -> int:
+        """Count the blocks that a request can come to need."""
+        tokens = len(request.prompt_token_ids) if self.prompts_only else kv_tokens(request)
+        return -(-tokens // self.block_size)
+
+    def admit(self, serial: int, request: Request, handover: tuple[int, ...] = ()) -> Admission | None:
         """Seat a request, or give None while it has to wait for a row or for memory."""
-        needed = blocks_needed(request, self.block_size)
-        if len(self.occupants) == self.num_rows or needed > len(self.blocks.free):
+        needed = self.blocks_needed(request)
+        if self.is_full or needed > len(self.blocks.free):
             return None
         microbatch, row = self.choose_row()
         home = (microbatch * self.microbatch_size + row) * (self.num_blocks // self.num_rows)
-        admission = Admission(self.next_serial, microbatch, row, self.blocks.take(needed, home), request)
-        self.occupants[microbatch, row] = admission
-        self.next_serial += 1
+        blocks = self.blocks.take(needed, home)
+        return self.sit(Admission(serial, microbatch, row, blocks, request, handover))
+
+    def reserve(self, request: Request) -> tuple[int, ...] | None:
+        """Take the blocks of a request that will get its row later; None while there are too few."""
+        needed = self.blocks_needed(request)
+        return self.blocks.take(needed, 0) if needed <= len(self.blocks.free) else None
+
+    def seat(self, serial: int, request: Request, blocks: tuple[int, ...], first_token: int) -> Admission | None:
+        """Give a row to a request whose blocks hold its prompt already, or None while every row is taken."""
+        if self.is_full:
+            return None
+        return self.sit(Admission(serial, *self.choose_row(), blocks, request, first_token=first_token))
+
+    def sit(self, admission: Admission) -> Admission:
+        """Note who has a row."""
+        self.occupants[admission.microbatch, admission.row] = admission
         return admission
 
     def choose_row(self) -> tuple[int, int]:
@@ -87,7 +112,7 @@ class RowTable:
         return microbatch, row
 
     def release(self, admission: Admission) -> None:
-        """Free the row and the blocks of a request that has ended."""
+        """Free the row and the blocks of a request."""
         place = admission.microbatch, admission.row
         assert self.occupants[place] is admission
         del self.occupants[place]
@@ -97,8 +122,3 @@ class RowTable:
 def kv_tokens(request: Request) -> int:
     """Count the tokens whose KV a request can come to need: the last one's is never read."""
     return len(request.prompt_token_ids) + request.sampling.max_tokens - 1
-
-
-def blocks_needed(request: Request, block_size: int) -> int:
-    """Count the blocks that a request can come to need."""
-    return -(-kv_tokens(request) // block_size)

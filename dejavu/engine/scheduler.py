@@ -15,6 +15,14 @@ class RowProgress:
     context: int = 0
     num_output: int = 0
     next_token: int | None = None  # sampled, not yet passed through the pipeline
+    is_new: bool = True  # no pass has told the other stages of it
+
+    @classmethod
+    def begin(cls, admission: Admission) -> "RowProgress":
+        """Begin at the prompt, or behind it where another pipeline has processed it."""
+        if admission.first_token is None:
+            return cls(admission)
+        return cls(admission, len(admission.request.prompt_token_ids), 1, admission.first_token)
 
     @property
     def prompt_left(self) -> int:
@@ -36,16 +44,23 @@ class Scheduler:
     """Choose the next pass, round robin over the microbatches that are not under way.
 
     New prompts go first, whole (`prompt_chunk` 0), up to `max_prompt_tokens` in a pass; then every row takes a token
-    step. With a `prompt_chunk` each pass takes the token steps and up to so many prompt tokens together.
+    step. With a `prompt_chunk` each pass takes the token steps and up to so many prompt tokens together. With
+    `prompts_only` a request ends here with its first token.
     """
 
     def __init__(
-        self, num_microbatches: int, prompt_chunk: int, max_prompt_tokens: int, eos_token_ids: tuple[int, ...]
+        self,
+        num_microbatches: int,
+        prompt_chunk: int,
+        max_prompt_tokens: int,
+        eos_token_ids: tuple[int, ...],
+        prompts_only: bool = False,
     ) -> None:
         self.microbatches = [Microbatch(index) for index in range(num_microbatches)]
         self.prompt_chunk = prompt_chunk
         self.max_prompt_tokens = max_prompt_tokens
         self.eos_token_ids = eos_token_ids
+        self.prompts_only = prompts_only
         self.places: dict[int, tuple[Microbatch, int]] = {}  # serial → (microbatch, row) of every live request
         self.turn = 0
 
@@ -54,7 +69,7 @@ class Scheduler:
         microbatch = self.microbatches[admission.microbatch]
         if previous := microbatch.rows.get(admission.row):
             self.release(previous.admission.serial)
-        microbatch.rows[admission.row] = RowProgress(admission)
+        microbatch.rows[admission.row] = RowProgress.begin(admission)
         self.places[admission.serial] = microbatch, admission.row
 
     def release(self, serial: int) -> None:
@@ -74,7 +89,7 @@ class Scheduler:
             progress.num_output += 1
             progress.next_token = token.token_id
             params = progress.admission.request.sampling
-            if finish_reason(params, self.eos_token_ids, progress.num_output, token.token_id):
+            if self.prompts_only or finish_reason(params, self.eos_token_ids, progress.num_output, token.token_id):
                 self.release(token.serial)
 
     def next_work(self) -> Work | None:
@@ -104,7 +119,7 @@ class Scheduler:
 
     def start(self, microbatch: Microbatch, rows: list[tuple[RowProgress, int]]) -> Work:
         """Make the pass and mark its tokens as under way."""
-        admissions = tuple(progress.admission for progress, _ in rows if progress.context == 0)
+        admissions = tuple(progress.admission for progress, _ in rows if progress.is_new)
         token_ids: list[int] = []
         row_works = []
         for progress, num_new in rows:
@@ -133,4 +148,5 @@ def advance(progress: RowProgress, num_new: int) -> RowWork:
     samples = progress.prompt_left <= num_new
     work = RowWork(admission.serial, admission.row, num_new, progress.context, is_prompt, samples)
     progress.context += num_new
+    progress.is_new = False
     return work

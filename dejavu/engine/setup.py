@@ -17,5 +17,10 @@ class EngineSetup:
     spec: ModelSpec
     directory: Path | None  # of the checkpoint; None makes random weights
     topology: Topology
-    cache: CacheSize
+    caches: tuple[CacheSize, ...]  # by pipeline
     dtype: str
+
+    @property
+    def moves_kv(self) -> bool:
+        """Tell whether KV moves between pipelines; synthetic stages have none."""
+        return self.config.is_disaggregated and not self.config.synthetic

@@ -75,14 +75,15 @@ class Sampling:
         for row, state, result in zip(due, states, results, strict=True):
             tokens.append(SampledToken(row.serial, len(state.output), result.token_id, result.logprobs))
             state.output.append(result.token_id)
-        sampled = Sampled(work.step, work.microbatch, tuple(tokens), self.now_s())
+        sampled = Sampled(work.step, work.microbatch, tuple(tokens), self.now_s(), work.start_s)
         for tell in self.tell:
             tell(sampled)
 
     def admit(self, admission: Admission) -> None:
         """Begin a row's history."""
         request = admission.request
-        state = RowState(request.sampling, self.spec.eos_token_ids, list(request.prompt_token_ids), [])
+        output = [] if admission.first_token is None else [admission.first_token]
+        state = RowState(request.sampling, self.spec.eos_token_ids, list(request.prompt_token_ids), output)
         self.rows[admission.microbatch, admission.row] = state
 
     def gather(self, logits: Tensor) -> Tensor:

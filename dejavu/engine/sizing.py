@@ -8,19 +8,19 @@ from dejavu.engine.rows import kv_tokens
 from dejavu.errors import CapacityError, ConfigError
 from dejavu.model.spec import ModelSpec
 from dejavu.request import Request
-from dejavu.topology import Topology
+from dejavu.topology import Pipeline, Role, Topology
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSize:
-    """Say how the KV cache is cut: every worker's pool has `num_blocks` blocks of `block_size` tokens."""
+    """Say how a pipeline's KV cache is cut: every rank's pool has `num_blocks` blocks of `block_size` tokens."""
 
     row_len: int
     block_size: int
     num_blocks: int
-    block_bytes: int  # of the worker with the most layers
+    block_bytes: int  # of the rank with the most layers
 
     @property
     def blocks_per_row(self) -> int:
@@ -35,18 +35,28 @@ def choose_row_len(config: ServeConfig, spec: ModelSpec, requests: Iterable[Requ
             f"row_len {config.row_len} is more than the {spec.max_positions} positions of {config.model}: "
             f"use at most {spec.max_positions}"
         )
-    return config.row_len or max(
-        [kv_tokens(request) + 1 for request in requests], default=min(2048, spec.max_positions)
-    )
+    longest = max([kv_tokens(request) + 1 for request in requests], default=min(2048, spec.max_positions))
+    return config.row_len or longest
 
 
-def size_cache(config: ServeConfig, spec: ModelSpec, topology: Topology, row_len: int, dtype: str) -> CacheSize:
-    """Cut `kv_memory`, or what all rows need, into blocks; raise CapacityError if not even one row fits."""
+def size_caches(
+    config: ServeConfig, spec: ModelSpec, topology: Topology, row_len: int, dtype: str
+) -> tuple[CacheSize, ...]:
+    """Size the cache of each pipeline; raise CapacityError where not even one row fits."""
+    return tuple(size_cache(config, spec, topology, pipeline, row_len, dtype) for pipeline in topology.pipelines)
+
+
+def size_cache(
+    config: ServeConfig, spec: ModelSpec, topology: Topology, pipeline: Pipeline, row_len: int, dtype: str
+) -> CacheSize:
+    """Cut `kv_memory`, or what all rows of a pipeline need, into blocks."""
     block_size = config.block_size or row_len
-    most_layers = max(w.shard.last_layer - w.shard.first_layer for w in topology.workers if w.shard)
-    block_bytes = block_size * spec.kv_bytes_per_token(ITEM_BYTES[dtype], most_layers, topology.tp)
+    shards = [placement.shard for placement in topology.workers_of(pipeline) if placement.shard]
+    most_layers = max(shard.last_layer - shard.first_layer for shard in shards)
+    block_bytes = block_size * spec.kv_bytes_per_token(ITEM_BYTES[dtype], most_layers, pipeline.tp)
     per_row = -(-row_len // block_size)
-    num_blocks = config.num_rows * per_row
+    extra_rows = config.num_handover_rows if pipeline.role is Role.TOKEN else 0
+    num_blocks = (pipeline.shape.num_rows + extra_rows) * per_row
     if config.kv_memory is not None:
         num_blocks = min(num_blocks, config.kv_memory // block_bytes)
     if num_blocks < per_row:

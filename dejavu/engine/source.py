@@ -1,8 +1,11 @@
 """Where a worker's work comes from: the first stage's leader schedules it, every other rank is handed it."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
-from dejavu.engine.messages import Admissions, Release, Sampled, Stop, Work
+from dejavu.engine.handover import Mover
+from dejavu.engine.messages import Admissions, Expect, Release, Sampled, Stop, Work
 from dejavu.engine.scheduler import Scheduler
 from dejavu.transport.mpi import Channel
 
@@ -17,22 +20,36 @@ class Source(Protocol):
 class Upstream:
     """Take the passes that another rank hands on."""
 
-    def __init__(self, channel: Channel, rank: int) -> None:
+    def __init__(self, channel: Channel, mover: Mover) -> None:
         self.channel = channel
-        self.rank = rank
+        self.mover = mover
 
     def next(self) -> Work | None:
         """Wait for the next pass, as long as it takes."""
-        _, message = self.channel.receive(self.rank)
-        return None if isinstance(message, Stop) else message
+        patience = self.channel.patience("work", None)
+        self.mover.look()
+        while True:
+            while item := self.channel.poll():
+                match item[1]:
+                    case Work() as work:
+                        return work
+                    case Expect() as message:
+                        self.mover.expect(message)
+                    case Stop():
+                        return None
+                    case other:
+                        raise AssertionError(f"unexpected message {other!r}")
+            patience.pause(at_most_s=self.mover.look())
 
 
 class Scheduled:
     """Decide the passes: from the controller's admissions and the tokens that the last stage sampled."""
 
-    def __init__(self, channel: Channel, scheduler: Scheduler) -> None:
+    def __init__(self, channel: Channel, mover: Mover, scheduler: Scheduler, now_s: Callable[[], float]) -> None:
         self.channel = channel
+        self.mover = mover
         self.scheduler = scheduler
+        self.now_s = now_s
         self.stopped = False
 
     def next(self) -> Work | None:
@@ -40,9 +57,10 @@ class Scheduled:
         patience = self.channel.patience("work", None)
         while not self.stopped:
             self.listen()
+            pause_s = self.mover.look()
             if work := self.scheduler.next_work():
-                return work
-            patience.pause()
+                return replace(work, start_s=self.now_s())
+            patience.pause(at_most_s=pause_s)
         return None
 
     def listen(self) -> None:
@@ -56,6 +74,8 @@ class Scheduled:
                     self.scheduler.release(serial)
                 case Sampled() as result:
                     self.scheduler.sampled(result)
+                case Expect() as message:
+                    self.mover.expect(message)
                 case Stop():
                     self.stopped = True
                 case other:

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dejavu.engine.handover import Mover
 from dejavu.engine.messages import Stop, Work
 from dejavu.engine.sink import Sink
 from dejavu.engine.source import Source
@@ -20,8 +21,13 @@ class Stage(Protocol):
     hidden_size: int
     dtype: torch.dtype
 
-    def forward(self, batch: Batch, hidden: Tensor | None, pool: Tensor) -> Tensor:
-        """Give the hidden states of the batch's tokens, or on the last stage the logits of `batch.logit_rows`."""
+    def forward(
+        self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Give the hidden states of the batch's tokens, or on the last stage the logits of `batch.logit_rows`.
+
+        `layer_done` is called with each layer's number in the model when its K and V are in the pool.
+        """
 
 
 class Worker:
@@ -34,6 +40,7 @@ class Worker:
         pool: Tensor,
         source: Source,
         sink: Sink,
+        mover: Mover,
         *,
         previous: int | None,
         followers: Sequence[int],
@@ -51,6 +58,7 @@ class Worker:
         self.pool = pool
         self.source = source
         self.sink = sink
+        self.mover = mover
         self.previous = previous
         self.followers = followers
         self.peers = peers
@@ -75,7 +83,7 @@ class Worker:
             self.blocks[admission.microbatch, admission.row] = list(admission.blocks)
         hidden = self.receive_hidden(work)
         start_s = self.now_s()
-        output = self.stage.forward(self.batch(work), hidden, self.pool)
+        output = self.stage.forward(self.batch(work), hidden, self.pool, self.mover.begin(work))
         compute_end_s = self.now_s()
         self.sink.put(work, output)
         self.record(work, start_s, compute_end_s)

@@ -137,12 +137,15 @@ class StageModel:
         return TorchAttention(num_heads, self.spec.num_kv_heads // self.shard.tp_size, slopes)
 
     @torch.no_grad()
-    def forward(self, batch: Batch, hidden: Tensor | None, pool: Tensor) -> Tensor:
+    def forward(
+        self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Run the stage over the new tokens of `batch`, and append their K and V to `pool` in place.
 
         `hidden` [num_tokens, hidden_size] comes from the stage before (None for the first) and is not changed; `pool`
         is [block, layer, 2, token, kv_head, head_dim] in the model's dtype. Gives the hidden states for the next
         stage, or on the last one float32 logits [len(logit_rows), vocabulary share]; a new tensor, the caller's.
+        `layer_done` is called with each layer's number in the model when its K and V are queued.
         """
         positions = torch.tensor(batch.positions, device=self.device)
         if self._embedding is not None:
@@ -150,8 +153,10 @@ class StageModel:
         assert hidden is not None, "every stage but the first needs hidden states"
         rotation = None if self._frequencies is None else Rotation(positions, self._frequencies, self.dtype)
         attention = self.attention.plan(batch, pool)
-        for layer in self._layers:
+        for index, layer in enumerate(self._layers, self.shard.first_layer):
             hidden = self._run_layer(layer, hidden, attention, rotation)
+            if layer_done is not None:
+                layer_done(index)
         return hidden if self._head is None else self._head(self._select(hidden, batch))
 
     def _run_layer(

@@ -1,6 +1,7 @@
 """A stage that waits instead of computing, so that schedules can be studied at any scale on few cores."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ class SyntheticStage:
         self.prompt_s = prompt_ms / 1e3
         self.token_s = token_ms / 1e3
 
-    def forward(self, batch: Batch, hidden: Tensor | None, pool: Tensor) -> Tensor:
+    def forward(
+        self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Wait; give the token ids as hidden states [num_tokens, 1], or logits [logit rows, vocabulary part]."""
         is_prompt = any(new > 1 or before == 0 for new, before in zip(batch.num_new, batch.context, strict=True))
         time.sleep(self.prompt_s if is_prompt else self.token_s)

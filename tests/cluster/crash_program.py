@@ -31,11 +31,11 @@ def lose_file(rank: int, note: Path, file: Path) -> None:
 
     make_stage = engine.make_stage
 
-    def losing(channel, setup, placement):
-        if channel.rank == rank:
+    def losing(site):
+        if site.channel.rank == rank:
             file.unlink()
             note.write_text(str(time.monotonic()))
-        return make_stage(channel, setup, placement)
+        return make_stage(site)
 
     engine.make_stage = losing
 

@@ -90,7 +90,7 @@ def test_every_request_gets_its_tokens(
     random = Random(seed)
     for _ in range(3000):
         action = random.choice(["seat", "work", "answer"])
-        if action == "seat" and waiting and (admission := table.admit(waiting[0])):
+        if action == "seat" and waiting and (admission := table.admit(int(waiting[0].request_id), waiting[0])):
             waiting.popleft()
             seated[admission.serial] = admission
             scheduler.admit(admission)
@@ -118,7 +118,7 @@ def test_every_request_gets_its_tokens(
 
 def admit(scheduler, table, *prompts, max_tokens=4):
     seats = [
-        table.admit(Request(str(n), tuple(prompt), SamplingParams(max_tokens=max_tokens)))
+        table.admit(n, Request(str(n), tuple(prompt), SamplingParams(max_tokens=max_tokens)))
         for n, prompt in enumerate(prompts)
     ]
     for seat in seats:
@@ -163,7 +163,7 @@ def test_released_request_takes_no_further_step_and_its_late_token_is_ignored():
     scheduler.next_work()
     scheduler.release(seat.serial)
     table.release(seat)
-    new = table.admit(Request("new", (7,), SamplingParams(max_tokens=2)))
+    new = table.admit(99, Request("new", (7,), SamplingParams(max_tokens=2)))
     scheduler.admit(new)
     scheduler.sampled(Sampled(0, 0, (SampledToken(seat.serial, 0, 55, None),), 0.0))
     work = scheduler.next_work()

@@ -191,15 +191,12 @@ def test_the_records_of_a_run_fill_its_directory(tmp_path):
 
 
 def test_run_yaml_says_what_ran_where_and_with_what(tmp_path):
-    topology = Topology(
-        (
-            Placement(0, Role.CONTROLLER),
-            Placement(1, Role.BOTH, 0, Shard(0, 3, 5)),
-            Placement(2, Role.BOTH, 1, Shard(3, 5, 5)),
-        ),
-        pp=2,
-        tp=1,
+    placements = (
+        Placement(0, Role.CONTROLLER),
+        Placement(1, Role.BOTH, 0, 0, Shard(0, 3, 5)),
+        Placement(2, Role.BOTH, 0, 1, Shard(3, 5, 5)),
     )
+    topology = Topology(placements, ())
     ranks = rank_table(topology, ["h1", "h1", "h2"], [cpu_model(), "cpu A", "cpu B"])
     config = ServeConfig(pp=2, layers_per_stage=(3, 2))
     RunDirectory(tmp_path).write_run(describe_run(config.model_dump(mode="json"), ranks, mpi_library="Open MPI é"))

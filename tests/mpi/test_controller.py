@@ -67,7 +67,8 @@ def play(controller, requests, on_event):
         done[event.request_id] = completion
         events.setdefault(event.request_id, []).append(event)
         on_event(event, len(completion.token_ids))
-    return done, events, (len(controller.table.occupants), len(controller.table.blocks.free), controller.counts)
+    table = controller.seating.lanes[0].table
+    return done, events, (len(table.occupants), len(table.blocks.free), controller.counts)
 
 
 def check_rest(found, expected, cancelled):
@@ -234,7 +235,7 @@ def test_memory_for_few_requests_makes_the_others_wait(world, expected):
     config = make_config(dtype="float32", microbatch_size=4, row_len=48, kv_memory=3 * bytes_per_block)
     completions, outcome = world.serve(config, lambda c: c.generate(make_requests(6, 40)))
     assert [c.token_ids for c in completions] == expected
-    assert outcome.peak_blocks == 3
+    assert outcome.peak_blocks == (3,)
     for before, after in pairwise(completions):
         assert before.finish_s <= after.admitted_s
 

@@ -1,0 +1,180 @@
+"""The KV of finished prompts on its way from the prompt pipeline to the token pipeline, on either side's ranks."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from dejavu.device.base import Stream
+from dejavu.engine.messages import Expect, Moved, Work
+from dejavu.kv.plan import Resharding
+from dejavu.kv.pool import KVPool
+from dejavu.kv.side import Selection
+from dejavu.kv.stream import LayerStreamer, Level, stream_in
+from dejavu.topology import CONTROLLER
+from dejavu.transport.carrier import Carrier, Transfer
+from dejavu.transport.mpi import Channel
+
+LOOK_EVERY_S = 0.5e-3  # while something is on its way
+
+LayerDone = Callable[[int], None]
+
+
+class Mover(Protocol):
+    """Move KV between pipelines, beside the passes."""
+
+    def begin(self, work: Work) -> LayerDone | None:
+        """Prepare to stream a pass's prompts; give what has to be called after each layer, with the model's number."""
+
+    def expect(self, message: Expect) -> None:
+        """Make ready for the KV of a prompt."""
+
+    def look(self) -> float:
+        """See what has moved and tell the controller; give the seconds after which to look again, or infinity."""
+
+
+class NoMover:
+    """Move nothing: the pipeline is colocated."""
+
+    def begin(self, work: Work) -> LayerDone | None:
+        """Stream nothing."""
+        return None
+
+    def expect(self, message: Expect) -> None:
+        """Never happen."""
+        raise AssertionError(f"a colocated pipeline was told {message!r}")
+
+    def look(self) -> float:
+        """See that there is nothing."""
+        return float("inf")
+
+
+class SyntheticMover(NoMover):
+    """Report that KV has moved which a synthetic stage never made."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.moved: list[int] = []
+
+    def begin(self, work: Work) -> LayerDone | None:
+        """Take the pass's prompts as sent; they are reported when the pass is through."""
+        self.moved += [admission.serial for admission in work.admissions if admission.handover]
+        return None
+
+    def expect(self, message: Expect) -> None:
+        """Take the prompt as received."""
+        self.channel.send(CONTROLLER, Moved(message.serial))
+
+    def look(self) -> float:
+        """Report the prompts of the last pass."""
+        for serial in self.moved:
+            self.channel.send(CONTROLLER, Moved(serial))
+        self.moved = []
+        return float("inf")
+
+
+class Moves:
+    """Follow the transfers of one rank, and tell the controller of each that has ended."""
+
+    def __init__(self, channel: Channel, pool: KVPool) -> None:
+        self.channel = channel
+        self.pool = pool
+        self.transfers: dict[int, Transfer] = {}  # by the request's serial
+
+    def look(self) -> float:
+        """Free and report what has moved; raise the error of a transfer that failed."""
+        for serial in [serial for serial, transfer in self.transfers.items() if transfer.done]:
+            if error := self.transfers.pop(serial).error:
+                raise error
+            self.pool.release(serial)
+            self.channel.send(CONTROLLER, Moved(serial))
+        return LOOK_EVERY_S if self.transfers else float("inf")
+
+
+class PromptMover:
+    """Send the KV of each prompt from a prompt rank to the token ranks that own its layers and heads."""
+
+    def __init__(
+        self, channel: Channel, carrier: Carrier, pool: KVPool, resharding: Resharding, level: Level, stream: Stream
+    ) -> None:
+        """Send out of `pool` what `stream` computes; `resharding` says who must get what."""
+        self.carrier = carrier
+        self.pool = pool
+        self.resharding = resharding
+        self.level = level
+        self.stream = stream
+        self.moves = Moves(channel, pool)
+
+    def begin(self, work: Work) -> LayerDone | None:
+        """Make a streamer for each prompt of the pass that goes on elsewhere."""
+        streamers = []
+        for admission in work.admissions:
+            if admission.handover:
+                self.pool.admit(admission.serial, admission.microbatch, admission.row, admission.blocks)
+                selection = whole_prompt(admission.serial, len(admission.request.prompt_token_ids))
+                streamer = LayerStreamer(
+                    self.carrier,
+                    self.pool,
+                    self.resharding,
+                    selection,
+                    transfer=admission.serial,
+                    stream=self.stream,
+                    level=self.level,
+                )
+                streamers.append(streamer)
+                self.moves.transfers[admission.serial] = streamer.handle
+
+        def layer_done(layer: int) -> None:
+            for streamer in streamers:
+                streamer.layer_done(layer)
+
+        return layer_done if streamers else None
+
+    def expect(self, message: Expect) -> None:
+        """Never happen."""
+        raise AssertionError(f"a prompt rank was told {message!r}")
+
+    def look(self) -> float:
+        """Report prompts that are sent."""
+        return self.moves.look()
+
+
+class TokenMover:
+    """Receive the KV of each prompt on a token rank. The pool's rows are slots: one for each prompt on its way."""
+
+    def __init__(
+        self, channel: Channel, carrier: Carrier, pool: KVPool, resharding: Resharding, level: Level, stream: Stream
+    ) -> None:
+        """Receive into `pool`, behind what `stream` does; `resharding` says what comes from whom."""
+        self.carrier = carrier
+        self.pool = pool
+        self.resharding = resharding
+        self.level = level
+        self.stream = stream
+        self.moves = Moves(channel, pool)
+
+    def begin(self, work: Work) -> LayerDone | None:
+        """Stream nothing out."""
+        return None
+
+    def expect(self, message: Expect) -> None:
+        """Post the receives of one prompt."""
+        taken = {row for _, row in self.pool.places.values()}
+        slot = next(row for row in range(self.pool.rows.num_rows) if row not in taken)
+        self.pool.admit(message.serial, 0, slot, message.blocks)
+        self.moves.transfers[message.serial] = stream_in(
+            self.carrier,
+            self.pool,
+            self.resharding,
+            whole_prompt(message.serial, message.num_tokens),
+            transfer=message.serial,
+            stream=self.stream,
+            level=self.level,
+        )
+
+    def look(self) -> float:
+        """Report prompts that are here."""
+        return self.moves.look()
+
+
+def whole_prompt(serial: int, num_tokens: int) -> Selection:
+    """Select all tokens of a prompt, in all layers."""
+    return Selection.of({serial: (0, num_tokens)})
