@@ -7,6 +7,7 @@ from .lazy import LazyGroup
 BENCHMARKS = {
     "generate": "Time token generation beside another implementation.",
     "microbench": "Measure KV streaming over every carrier against a plain copy.",
+    "overhead": "Measure what KV streaming costs serving steps, at each level.",
 }
 
 HELP = """Measure one part of the system, and check what it computed.
