@@ -63,7 +63,8 @@ def outcome(case: ElementTree.Element) -> str:
 def run_serial(junit: Path, arguments: Sequence[str]) -> Report:
     """Run pytest on everything but tests/mpi."""
     target = junit / "serial.xml"
-    command = [sys.executable, "-m", "pytest", "--ignore=tests/mpi", f"--junitxml={target}", *arguments]
+    spread = ["-n", "2", "--dist", "loadfile"]  # a file's fixtures are made once
+    command = [sys.executable, "-m", "pytest", "--ignore=tests/mpi", *spread, f"--junitxml={target}", *arguments]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     report = read_report("serial", target)
     if code and not report.failures:

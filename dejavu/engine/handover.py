@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dejavu.device.base import Stream
-from dejavu.engine.messages import Expect, Moved, Work
+from dejavu.engine.messages import Admission, Expect, Moved, Work
 from dejavu.kv.plan import Resharding
 from dejavu.kv.pool import KVPool
 from dejavu.kv.side import Selection
@@ -32,15 +32,15 @@ class Mover(Protocol):
 
 
 class NoMover:
-    """Move nothing: the pipeline is colocated."""
+    """Move nothing, as the ranks of a colocated pipeline do."""
 
     def begin(self, work: Work) -> LayerDone | None:
         """Stream nothing."""
         return None
 
     def expect(self, message: Expect) -> None:
-        """Never happen."""
-        raise AssertionError(f"a colocated pipeline was told {message!r}")
+        """Never happen: only token ranks are told."""
+        raise AssertionError(f"a rank that receives no KV was told {message!r}")
 
     def look(self) -> float:
         """See that there is nothing."""
@@ -71,12 +71,19 @@ class SyntheticMover(NoMover):
         return float("inf")
 
 
-class Moves:
-    """Follow the transfers of one rank, and tell the controller of each that has ended."""
+class PoolMover(NoMover):
+    """Move prompts' KV in or out of one rank's pool, and tell the controller of each that has moved."""
 
-    def __init__(self, channel: Channel, pool: KVPool) -> None:
+    def __init__(
+        self, channel: Channel, carrier: Carrier, pool: KVPool, resharding: Resharding, level: Level, stream: Stream
+    ) -> None:
+        """Order the transfers behind the work of `stream`; `resharding` says which ranks share what."""
         self.channel = channel
+        self.carrier = carrier
         self.pool = pool
+        self.resharding = resharding
+        self.level = level
+        self.stream = stream
         self.transfers: dict[int, Transfer] = {}  # by the request's serial
 
     def look(self) -> float:
@@ -89,38 +96,12 @@ class Moves:
         return LOOK_EVERY_S if self.transfers else float("inf")
 
 
-class PromptMover:
+class PromptMover(PoolMover):
     """Send the KV of each prompt from a prompt rank to the token ranks that own its layers and heads."""
-
-    def __init__(
-        self, channel: Channel, carrier: Carrier, pool: KVPool, resharding: Resharding, level: Level, stream: Stream
-    ) -> None:
-        """Send out of `pool` what `stream` computes; `resharding` says who must get what."""
-        self.carrier = carrier
-        self.pool = pool
-        self.resharding = resharding
-        self.level = level
-        self.stream = stream
-        self.moves = Moves(channel, pool)
 
     def begin(self, work: Work) -> LayerDone | None:
         """Make a streamer for each prompt of the pass that goes on elsewhere."""
-        streamers = []
-        for admission in work.admissions:
-            if admission.handover:
-                self.pool.admit(admission.serial, admission.microbatch, admission.row, admission.blocks)
-                selection = whole_prompt(admission.serial, len(admission.request.prompt_token_ids))
-                streamer = LayerStreamer(
-                    self.carrier,
-                    self.pool,
-                    self.resharding,
-                    selection,
-                    transfer=admission.serial,
-                    stream=self.stream,
-                    level=self.level,
-                )
-                streamers.append(streamer)
-                self.moves.transfers[admission.serial] = streamer.handle
+        streamers = [self.make_streamer(admission) for admission in work.admissions if admission.handover]
 
         def layer_done(layer: int) -> None:
             for streamer in streamers:
@@ -128,39 +109,32 @@ class PromptMover:
 
         return layer_done if streamers else None
 
-    def expect(self, message: Expect) -> None:
-        """Never happen."""
-        raise AssertionError(f"a prompt rank was told {message!r}")
+    def make_streamer(self, admission: Admission) -> LayerStreamer:
+        """Prepare to send one prompt's layers."""
+        serial, num_tokens = admission.serial, len(admission.request.prompt_token_ids)
+        self.pool.admit(serial, admission.microbatch, admission.row, admission.blocks)
+        streamer = LayerStreamer(
+            self.carrier,
+            self.pool,
+            self.resharding,
+            whole_prompt(serial, num_tokens),
+            transfer=serial,
+            stream=self.stream,
+            level=self.level,
+        )
+        self.transfers[serial] = streamer.handle
+        return streamer
 
-    def look(self) -> float:
-        """Report prompts that are sent."""
-        return self.moves.look()
 
-
-class TokenMover:
+class TokenMover(PoolMover):
     """Receive the KV of each prompt on a token rank. The pool's rows are slots: one for each prompt on its way."""
-
-    def __init__(
-        self, channel: Channel, carrier: Carrier, pool: KVPool, resharding: Resharding, level: Level, stream: Stream
-    ) -> None:
-        """Receive into `pool`, behind what `stream` does; `resharding` says what comes from whom."""
-        self.carrier = carrier
-        self.pool = pool
-        self.resharding = resharding
-        self.level = level
-        self.stream = stream
-        self.moves = Moves(channel, pool)
-
-    def begin(self, work: Work) -> LayerDone | None:
-        """Stream nothing out."""
-        return None
 
     def expect(self, message: Expect) -> None:
         """Post the receives of one prompt."""
         taken = {row for _, row in self.pool.places.values()}
         slot = next(row for row in range(self.pool.rows.num_rows) if row not in taken)
         self.pool.admit(message.serial, 0, slot, message.blocks)
-        self.moves.transfers[message.serial] = stream_in(
+        self.transfers[message.serial] = stream_in(
             self.carrier,
             self.pool,
             self.resharding,
@@ -169,10 +143,6 @@ class TokenMover:
             stream=self.stream,
             level=self.level,
         )
-
-    def look(self) -> float:
-        """Report prompts that are here."""
-        return self.moves.look()
 
 
 def whole_prompt(serial: int, num_tokens: int) -> Selection:
