@@ -51,6 +51,8 @@ class Pair:
             "TMPDIR": str(self.directory / "tmp"),
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "OMPI_MCA_btl_sm_backing_directory": str(self.directory / "tmp"),  # a killed rank leaves its segment
+            "OMPI_MCA_osc_sm_backing_directory": str(self.directory / "tmp"),
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
         }

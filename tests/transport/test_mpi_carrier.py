@@ -47,6 +47,7 @@ except UnavailableError as error:
 def mpirun(size, program, directory):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_"))}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "TMPDIR": str(directory)}
+    environment |= {f"OMPI_MCA_{part}_sm_backing_directory": str(directory) for part in ("btl", "osc")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", "OMP_NUM_THREADS": "1"}
     command = ["mpirun", "-n", str(size), "--oversubscribe", "--with-ft", "ulfm", "--bind-to", "none"]
     command += ["--mca", "coll", "^han", sys.executable, "-c", program]

@@ -71,6 +71,7 @@ def test_what_is_missing_is_said(tmp_path):
 def test_two_ranks_open_every_link_and_hear_the_same(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_"))}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "TMPDIR": str(tmp_path)}
+    environment |= {f"OMPI_MCA_{part}_sm_backing_directory": str(tmp_path) for part in ("btl", "osc")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", "DEJAVU_TCP_SECRET": "5a" * 32}
     command = [
         "mpirun",
