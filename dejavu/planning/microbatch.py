@@ -18,6 +18,7 @@ class Job:
     prompt_left: int
     order: int = 0
     seen_s: float = 0.0  # when stage 0 hears of it
+    reserves: bool = False  # holds memory of the token side from the start of its prompt
 
 
 class Seat(NamedTuple):
@@ -55,13 +56,13 @@ class Microbatch:
     pending: list[Job] = field(default_factory=list)  # seated, prompt not done
     prompting: list[tuple[Job, int]] = field(default_factory=list)  # in the pass under way, with so many prompt tokens
     active: list[Seat] = field(default_factory=list)  # a heap, the first to end first
+    fresh: list[Job] = field(default_factory=list)  # active, and in no token step yet
     stepping: int = 0  # rows that take a token step in the pass under way
     step_s: float = 0.0  # of a token step before number `same_until`
     same_until: int = 0
 
-    @property
-    def num_free(self) -> int:
-        """Give the number of free rows."""
+    def count_free(self) -> int:
+        """Count the free rows."""
         return self.num_rows - len(self.pending) - len(self.active)
 
     def move_on(self, steps: int, seconds: float) -> None:
@@ -82,7 +83,7 @@ class Mark(NamedTuple):
 
 
 class Done(NamedTuple):
-    """Report a token that matters: a request's first, or its last."""
+    """Report a token that matters: a request's first, or its last; `time_s` is when stage 0 knows of it."""
 
     time_s: float
     job: Job

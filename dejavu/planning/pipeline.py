@@ -11,7 +11,7 @@ from dejavu.measure.records import StepKind
 from dejavu.planning.flow import SAME_S, Flow, StagedFlow
 from dejavu.planning.microbatch import INFINITY, Done, Job, Mark, Microbatch, Pass, Seat
 from dejavu.planning.setup import Failure, PipelineSetup
-from dejavu.planning.steady import space_out, steady_turn_s, turns_to_skip
+from dejavu.planning.steady import begin_turn, space_out, steady_turn_s, turns_to_skip
 
 
 class Pipeline:
@@ -28,9 +28,13 @@ class Pipeline:
         self.line: deque[Microbatch] = deque()  # waiting for stage 0
         self.under_way: deque[Microbatch] = deque()  # first to end first
         self.next_index = 0  # round robin goes on here
+        self.num_rows = setup.num_microbatches * setup.rows
+        self.num_seated = 0  # rows taken
+        self.return_s = setup.return_s
         self.work_s = 0.0  # of all passes, in each stage
         self.num_passes = 0
         self.done: list[Done] = []
+        self.begun: list[tuple[float, Job]] = []  # when the first token steps of requests began
         self.record = record
         self.passes: list[Pass] = []
         self.changes = 0  # counts what may break a steady turn
@@ -106,7 +110,7 @@ class Pipeline:
             microbatch.context += microbatch.stepping
             microbatch.stepping = len(active)
             step_s = microbatch.step_s if step < microbatch.same_until else self.step_s(microbatch)
-            microbatch.ready_s = flow.push(start_s, step_s)
+            microbatch.ready_s = flow.push(start_s, step_s) + self.return_s
             self.work_s += step_s
             self.num_passes += 1
             self.next_index = microbatch.index + 1
@@ -114,9 +118,10 @@ class Pipeline:
 
     def seat(self, microbatch: Microbatch, job: Job, seen_s: float) -> None:
         """Give a request a free row; stage 0 hears of it at `seen_s`."""
-        assert microbatch.num_free > 0
+        assert microbatch.count_free() > 0
         job.seen_s = seen_s
         microbatch.pending.append(job)
+        self.num_seated += 1
         self.changes += 1
         if not microbatch.in_line:
             microbatch.ready_s = seen_s
@@ -144,18 +149,20 @@ class Pipeline:
 
     def start_pass(self, microbatch: Microbatch, start_s: float, horizon_s: float) -> None:
         """Send a microbatch's next pass on its way."""
+        begun_s = start_s
         if microbatch.pending:
             self.take_prompts(microbatch, start_s)
         elif not self.record:
             start_s += self.skip_turns(microbatch, start_s, horizon_s)
         chunked = self.setup.prompt_chunk > 0
         microbatch.stepping = len(microbatch.active) if chunked or not microbatch.prompting else 0
-        fetch_s = self.fetch_s(microbatch)
+        if microbatch.fresh and microbatch.stepping:
+            self.begin_fresh(microbatch, begun_s)
         duration_s = self.duration_s(microbatch)
         if isinstance(self.flow, Flow):
-            microbatch.ready_s = self.flow.push(start_s, duration_s)
+            microbatch.ready_s = self.flow.push(start_s, duration_s) + self.return_s
         else:
-            microbatch.ready_s = self.flow.push(start_s, duration_s, fetch_s)
+            microbatch.ready_s = self.flow.push(start_s, duration_s, self.fetch_s(microbatch)) + self.return_s
         self.work_s += duration_s
         self.num_passes += 1
         self.under_way.append(microbatch)
@@ -183,8 +190,14 @@ class Pipeline:
         """Let a request whose prompt is done take part in token steps."""
         assert job.tokens_left > 0
         heapq.heappush(microbatch.active, Seat(microbatch.steps + job.tokens_left, job.order, job))
+        microbatch.fresh.append(job)
         microbatch.context += job.context
         microbatch.same_until = 0
+
+    def begin_fresh(self, microbatch: Microbatch, start_s: float) -> None:
+        """Note when requests take their first token step."""
+        self.begun += [(start_s, job) for job in microbatch.fresh]
+        microbatch.fresh.clear()
 
     def duration_s(self, microbatch: Microbatch) -> float:
         """Give the time of the pass that a microbatch starts, in each stage."""
@@ -270,6 +283,8 @@ class Pipeline:
         if turns <= 0:
             return 0.0
         others = (*self.line, *self.under_way)
+        if self.uniform:
+            begin_turn(self, microbatch, start_s)
         self.work_s += turns * sum([self.step_s(other) for other in (microbatch, *others)])
         self.num_passes += turns * (1 + len(others))
         self.flow.shift(turns * turn_s)
@@ -349,6 +364,7 @@ def lose_kv(microbatch: Microbatch) -> list[Job]:
         job.tokens_left = left
         microbatch.pending.append(job)
     microbatch.active.clear()
+    microbatch.fresh.clear()
     microbatch.context = microbatch.same_until = 0
     microbatch.pending.sort(key=lambda job: job.order)
     for job in microbatch.pending:

@@ -34,7 +34,8 @@ class PipelineSetup:
     """Describe one pipeline. At most one pass of a microbatch is under way; new prompts go before token steps.
 
     `microbatches` 0 is one per stage. `prompt_chunk` 0 runs whole prompts, up to `max_prompt_tokens` in a pass;
-    otherwise each pass takes the token steps and up to so many prompt tokens together.
+    otherwise each pass takes the token steps and up to so many prompt tokens together. `hop_s` is the time from one
+    stage to the next, and from the last one back to the first.
     """
 
     stages: int
@@ -60,6 +61,11 @@ class PipelineSetup:
     def num_microbatches(self) -> int:
         """Give the number of microbatches."""
         return self.microbatches or self.stages
+
+    @property
+    def return_s(self) -> float:
+        """Give the time from the last stage to the first; nothing where that is the same one."""
+        return self.hop_s if self.stages > 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +93,11 @@ class Failure:
 class Setup:
     """Describe pipelines that share one queue of requests, first come first served.
 
-    A request takes a row of the emptiest microbatch, and stage 0 hears of it `admission_s` later: with more than 0, a
-    microbatch whose row has just become free takes another step of its other rows before the next request's prompt. In
-    a disaggregated setup it takes a row of a prompt pipeline, and `cache_s` after its first token one of a token
-    pipeline; at most `prompt_ahead` requests (None: any number) are in or past their prompt without a free row of a
-    token pipeline waiting for them.
+    A request takes a row of the pipeline with the fewest requests, in its emptiest microbatch, and stage 0 hears of it
+    `admission_s` later: with more than 0, a microbatch whose row has just become free takes another step of its other
+    rows before the next request's prompt. In a disaggregated setup it takes a row of a prompt pipeline, and `cache_s`
+    after its first token one of a token pipeline. The token side has memory for its rows and for `prompt_ahead`
+    requests more (None: any number), and a request of several tokens holds its part from the start of its prompt.
     """
 
     pipelines: tuple[PipelineSetup, ...]

@@ -30,6 +30,7 @@ class Result:
     requests: tuple[Lengths, ...]
     admitted_s: Floats
     first_token_s: Floats
+    token_start_s: Floats  # when the pass for the second token began; NaN where there is none
     finish_s: Floats
     stage_busy_s: tuple[tuple[float, ...], ...]  # by pipeline and stage
     stall_s: float  # spent waiting for swapped KV, over all stages
@@ -90,11 +91,20 @@ class Result:
 
     def request_records(self) -> list[RequestRecord]:
         """Give the rows of requests.csv."""
-        columns = (self.admitted_s, self.first_token_s, self.finish_s, self.ttft_s, self.tpot_s)
-        times = zip(*[column.tolist() for column in (*columns, self.latency_per_token_s)], strict=True)
+        names = ("admitted_s", "first_token_s", "token_start_s", "finish_s", "ttft_s", "tpot_s")
+        columns = {name: getattr(self, name).tolist() for name in names}
+        columns |= {
+            "normalized_latency_s": self.latency_per_token_s.tolist(),
+            "handover_s": (self.token_start_s - self.first_token_s).tolist(),
+        }
         return [
-            RequestRecord(str(index), *request, *row, FinishReason.LENGTH)  # type: ignore[call-arg]
-            for index, (request, row) in enumerate(zip(self.requests, times, strict=True))
+            RequestRecord(
+                request_id=str(index),
+                **request._asdict(),
+                **{name: column[index] for name, column in columns.items()},
+                finish_reason=FinishReason.LENGTH,
+            )
+            for index, request in enumerate(self.requests)
         ]
 
 
@@ -126,13 +136,11 @@ class Pool:
 
     pipelines: list[Pipeline]
     waiting: list[tuple[float, int, Job]] = field(default_factory=list)  # a heap of (time, order, job)
-    places: list[tuple[Pipeline, Microbatch]] = field(default_factory=list)
     num_free: int = 0
     num_rows: int = 0
 
     def __post_init__(self) -> None:
-        self.places = [(pipeline, m) for pipeline in self.pipelines for m in pipeline.microbatches]
-        self.num_rows = self.num_free = sum(m.num_rows for _, m in self.places)
+        self.num_rows = self.num_free = sum(m.num_rows for p in self.pipelines for m in p.microbatches)
 
     @property
     def next_s(self) -> float:
@@ -144,8 +152,11 @@ class Pool:
         heapq.heappush(self.waiting, (time_s, job.order, job))
 
     def emptiest(self) -> tuple[Pipeline, Microbatch]:
-        """Give the microbatch with the most free rows, the first of them."""
-        return max(self.places, key=lambda place: place[1].num_free)
+        """Give the pipeline with the fewest requests that has a free row, and its microbatch with the fewest."""
+        pipeline = self.pipelines[0]
+        if len(self.pipelines) > 1:
+            pipeline = min([p for p in self.pipelines if p.num_seated < p.num_rows], key=lambda p: p.num_seated)
+        return pipeline, max(pipeline.microbatches, key=Microbatch.count_free)
 
 
 class Simulation:
@@ -163,7 +174,9 @@ class Simulation:
         self.now_s = 0.0
         self.admitted_s = [NAN] * len(requests)
         self.first_token_s = [NAN] * len(requests)
+        self.token_start_s = [NAN] * len(requests)
         self.finish_s = [NAN] * len(requests)
+        self.num_reserved = 0  # requests that hold memory of the token side
         for order, index in enumerate(sorted(range(len(requests)), key=lambda i: requests[i].arrival_s)):
             prompt, output, arrival = requests[index]
             self.entry.add(arrival, Job(index, prompt, output, prompt, order))
@@ -201,12 +214,11 @@ class Simulation:
         return (self.tokens, tokens_s) if tokens_s <= entry_s else (self.entry, entry_s)
 
     def may_prompt(self) -> bool:
-        """Tell whether a further prompt may start before the token pipelines have a free row for it."""
+        """Tell whether the token side has memory for the next prompt; one that ends with its first token needs none."""
         ahead = self.setup.prompt_ahead
-        if ahead is None or not self.setup.is_disaggregated:
+        if ahead is None or not self.setup.is_disaggregated or not self.entry.waiting:
             return True
-        under_way = self.entry.num_rows - self.entry.num_free + len(self.tokens.waiting)
-        return under_way < self.tokens.num_free + ahead
+        return self.entry.waiting[0][2].tokens_left == 1 or self.num_reserved < self.tokens.num_rows + ahead
 
     def admit(self, pool: Pool, time_s: float) -> int:
         """Seat the first waiting request; give the index of its pipeline."""
@@ -215,6 +227,9 @@ class Simulation:
         pipeline, microbatch = pool.emptiest()
         pipeline.seat(microbatch, job, self.now_s + self.setup.admission_s)
         pool.num_free -= 1
+        if pool is self.entry:
+            job.reserves = job.tokens_left > 1
+            self.num_reserved += job.reserves
         if self.admitted_s[job.request] != self.admitted_s[job.request]:
             self.admitted_s[job.request] = self.now_s
         return self.pipelines.index(pipeline)
@@ -222,16 +237,22 @@ class Simulation:
     def drive(self, pipeline: Pipeline, until_s: float, failure_s: float) -> None:
         """Let a pipeline do its next events, and take what comes out."""
         pipeline.run(until_s, min(failure_s, self.horizon_s(pipeline)))
+        for time_s, job in pipeline.begun:
+            if self.token_start_s[job.request] != self.token_start_s[job.request]:
+                self.token_start_s[job.request] = time_s
+        pipeline.begun.clear()
         for time_s, job in pipeline.done:
             self.now_s = max(self.now_s, time_s)
             if self.first_token_s[job.request] != self.first_token_s[job.request]:
-                self.first_token_s[job.request] = time_s
+                self.first_token_s[job.request] = time_s - pipeline.return_s
             if not job.tokens_left:
-                self.finish_s[job.request] = time_s
+                self.finish_s[job.request] = time_s - pipeline.return_s
+                self.num_reserved -= job.reserves
             elif pipeline.setup.role == "prompt":
                 self.tokens.add(time_s + self.setup.cache_s, job)
             else:
                 continue
+            pipeline.num_seated -= 1
             self.pool_of[id(pipeline)].num_free += 1
         pipeline.done.clear()
 
@@ -249,7 +270,9 @@ class Simulation:
         """Let a pipeline fail; give its index."""
         pipeline = self.pipelines[failure.pipeline]
         for job in pipeline.fail(failure):
+            pipeline.num_seated -= 1
             self.tokens.num_free += 1
+            self.num_reserved -= job.reserves
             self.entry.add(failure.resume_s, job)
         self.now_s = max(self.now_s, failure.time_s)
         return failure.pipeline
@@ -260,6 +283,7 @@ class Simulation:
             requests=self.requests,
             admitted_s=np.array(self.admitted_s),
             first_token_s=np.array(self.first_token_s),
+            token_start_s=np.array(self.token_start_s),
             finish_s=np.array(self.finish_s),
             stage_busy_s=tuple(busy_s(pipeline) for pipeline in self.pipelines),
             stall_s=sum(pipeline.stall_s for pipeline in self.pipelines),

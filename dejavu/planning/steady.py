@@ -36,7 +36,7 @@ def steady_turn_s(pipeline: "Pipeline", microbatch: Microbatch, start_s: float) 
 def through_s(pipeline: "Pipeline", microbatch: Microbatch) -> float:
     """Give the time of a token step through all stages that waits nowhere."""
     setup = pipeline.setup
-    return setup.stages * pipeline.step_s(microbatch) + (setup.stages - 1) * setup.hop_s
+    return setup.stages * pipeline.step_s(microbatch) + (setup.stages - 1) * setup.hop_s + setup.return_s
 
 
 def space_out(pipeline: "Pipeline", microbatch: Microbatch, start_s: float) -> None:
@@ -51,6 +51,17 @@ def space_out(pipeline: "Pipeline", microbatch: Microbatch, start_s: float) -> N
         for place, other in enumerate(others, 1):
             other.ready_s = start_s + place * step_s + whole_s
         pipeline.line = deque(line)
+
+
+def begin_turn(pipeline: "Pipeline", microbatch: Microbatch, start_s: float) -> None:
+    """Note when requests take their first token step, in a steady turn that begins at `start_s`."""
+    step_s = pipeline.step_s(microbatch)
+    if microbatch.fresh:
+        pipeline.begin_fresh(microbatch, start_s)
+    for other in (*sorted_line(pipeline, microbatch), *pipeline.under_way):
+        start_s = max(start_s + step_s, other.ready_s)
+        if other.fresh:
+            pipeline.begin_fresh(other, start_s)
 
 
 def sorted_line(pipeline: "Pipeline", microbatch: Microbatch) -> list[Microbatch]:

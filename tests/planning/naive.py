@@ -53,15 +53,30 @@ def paper_disaggregated(outputs, prompt_stages, token_stages, prompt_s, token_s,
     return arrivals, paper_queue(events, token_stages, (token_s, token_s), tokens, ready, token_stages), tokens
 
 
-class Engine:
-    """Serve by the engine's rules: `pipelines` are (role, stages, rows); times are of every pass in every stage."""
+def taken(microbatch):
+    return len(microbatch["seated"]) + len(microbatch["active"])
 
-    def __init__(self, requests, pipelines, prompt_s, token_s, cache_s=0.0, admission_s=0.0):
-        self.requests, self.times, self.cache_s = requests, (prompt_s, token_s), cache_s
+
+class Engine:
+    """Serve by the engine's rules: `pipelines` are (role, stages, rows); times are of every pass in every stage.
+
+    `hop_s` is from stage to stage and back; the token side has memory for its rows and `prompt_ahead` requests more.
+    """
+
+    def __init__(
+        self, requests, pipelines, prompt_s, token_s, cache_s=0.0, admission_s=0.0, hop_s=0.0, prompt_ahead=None
+    ):
+        self.requests, self.times, self.cache_s, self.hop_s = requests, (prompt_s, token_s), cache_s, hop_s
+        self.token_memory = float("inf")
+        token_rows = sum(stages * rows for role, stages, rows in pipelines if role == "token")
+        if prompt_ahead is not None and token_rows:
+            self.token_memory = token_rows + prompt_ahead
+        self.holding = set()
         self.events, self.count = [], 0
         self.admission_s, self.seen = admission_s, {}
         self.left = [output for _, output, _ in requests]
         self.first, self.finish = [None] * len(requests), [None] * len(requests)
+        self.second_begun = [None] * len(requests)
         self.queues = {"in": deque(), "token": deque()}
         self.lines = [
             {
@@ -86,8 +101,8 @@ class Engine:
                 _, _, kind, data = heapq.heappop(self.events)
                 if kind in self.queues:
                     self.queues[kind].append(data[0])
-                elif kind == "leave":
-                    self.leave(now, *data)
+                elif kind != "wake":
+                    getattr(self, kind)(now, *data)
             self.seat(now)
             for line in self.lines:
                 self.start(now, line)
@@ -95,11 +110,13 @@ class Engine:
 
     def seat(self, now):
         for kind, queue in self.queues.items():
-            places = [
-                m for line in self.lines if (line["role"] == "token") == (kind == "token") for m in line["microbatches"]
-            ]
-            while queue and (free := [m for m in places if len(m["seated"]) + len(m["active"]) < m["rows"]]):
-                emptiest = min(free, key=lambda m: len(m["seated"]) + len(m["active"]) - m["rows"])
+            lines = [line["microbatches"] for line in self.lines if (line["role"] == "token") == (kind == "token")]
+            while queue and (free := [line for line in lines if any(taken(m) < m["rows"] for m in line)]):
+                if kind == "in" and self.left[queue[0]] > 1:
+                    if len(self.holding) >= self.token_memory:
+                        break
+                    self.holding.add(queue[0])
+                emptiest = min(min(free, key=lambda line: sum(map(taken, line))), key=taken)
                 self.seen[queue[0]] = now + self.admission_s
                 self.post(now + self.admission_s, "wake")
                 emptiest["seated"].append(queue.popleft())
@@ -119,6 +136,8 @@ class Engine:
                 prompts = []
             if prompts or microbatch["active"]:
                 microbatch["out"], line["turn"] = True, index + 1
+                for request in [] if prompts else microbatch["active"]:
+                    self.second_begun[request] = self.second_begun[request] or now
                 head["queue"].append((microbatch, prompts, self.times[not prompts]))
         self.serve(now, line)
 
@@ -133,20 +152,26 @@ class Engine:
         stage["busy"] = False
         work = stage["queue"].popleft()
         if index + 1 < len(line["stages"]):
-            line["stages"][index + 1]["queue"].append(work)
-            return
-        microbatch, prompts, _ = work
+            self.post(now + self.hop_s, "arrive", line["stages"][index + 1], work)
+        else:
+            self.post(now + (self.hop_s if index else 0.0), "back", line, now, *work[:2])
+
+    def arrive(self, now, stage, work):
+        stage["queue"].append(work)
+
+    def back(self, now, line, sampled, microbatch, prompts):
         microbatch["out"] = False
         for request in prompts or list(microbatch["active"]):
-            self.token(now, line, microbatch, request, bool(prompts))
+            self.token(now, sampled, line, microbatch, request, bool(prompts))
 
-    def token(self, now, line, microbatch, request, is_first):
+    def token(self, now, sampled, line, microbatch, request, is_first):
         self.left[request] -= 1
         if is_first:
-            self.first[request] = now
+            self.first[request] = sampled
             microbatch["seated"].remove(request)
         if self.left[request] == 0:
-            self.finish[request] = now
+            self.finish[request] = sampled
+            self.holding.discard(request)
             if not is_first:
                 microbatch["active"].remove(request)
         elif line["role"] == "prompt":

@@ -151,9 +151,10 @@ def workloads(draw):
     return requests_of(outputs, arrivals)
 
 
-def make_setup(layout, prompt_s, token_s, **delays):
+def make_setup(layout, prompt_s, token_s, hop_s=0.0, **delays):
     times = FixedTimes(prompt_s, token_s)
-    return Setup(tuple(PipelineSetup(stages, times, role, rows=rows) for role, stages, rows in layout), **delays)
+    pipelines = (PipelineSetup(stages, times, role, rows=rows, hop_s=hop_s) for role, stages, rows in layout)
+    return Setup(tuple(pipelines), **delays)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -162,14 +163,19 @@ def make_setup(layout, prompt_s, token_s, **delays):
     LAYOUTS,
     st.sampled_from([(0.31415927, 0.02236068), (0.05, 0.0479583), (0.0132288, 0.1095445)]),
     st.sampled_from([0.0, 0.0005099, 0.0387298]),
+    st.sampled_from([0.0, 0.0003873]),
+    st.sampled_from([None, 0, 2]),
 )
-def test_default_is_the_plain_engine(requests, layout, times, admission_s):
-    delays = {"cache_s": 0.0173205, "admission_s": admission_s}
-    first, finish = naive.Engine(requests, layout, *times, **delays).run()
+def test_default_is_the_plain_engine(requests, layout, times, admission_s, hop_s, prompt_ahead):
+    delays = {"cache_s": 0.0173205, "admission_s": admission_s, "prompt_ahead": prompt_ahead}
+    plain = naive.Engine(requests, layout, *times, **delays, hop_s=hop_s)
+    first, finish = plain.run()
     for record in (False, True):  # turns skipped, and none skipped
-        result = simulate(make_setup(layout, *times, **delays), requests, record=record)
+        result = simulate(make_setup(layout, *times, hop_s=hop_s, **delays), requests, record=record)
         np.testing.assert_allclose(result.first_token_s, first, rtol=0, atol=1e-6)
         np.testing.assert_allclose(result.finish_s, finish, rtol=0, atol=1e-6)
+        begun = [float("nan") if time is None else time for time in plain.second_begun]
+        np.testing.assert_allclose(result.token_start_s, begun, rtol=0, atol=1e-6)
 
 
 class GrowingTimes:
