@@ -92,7 +92,9 @@ class Channel:
         """Give (rank, object) if one has come, else None."""
         self.reap()
         status = MPI.Status()
-        message = self.comm.Improbe(source, CONTROL, status)
+        # Open MPI looks at what has been taken in, and only then takes in what has come: one that has just come needs a
+        # second look, which whoever was woken for it would otherwise have only after a further sleep.
+        message = self.comm.Improbe(source, CONTROL, status) or self.comm.Improbe(source, CONTROL, status)
         if message is None:
             return None
         data = bytearray(status.Get_count(MPI.BYTE))
