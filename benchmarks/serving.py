@@ -59,7 +59,7 @@ class Serving:
         self.pool, self.back = (held.enter_context(self._pool()) for _ in range(2))
         side = CacheSide((RankCache(0, self.layout),), {})
         self.resharding = Resharding(side, side)
-        capacity = NUM_SETS * self.settings.batch * self.settings.capacity * self.layout.bytes_per_token * 2
+        capacity = NUM_SETS * self.settings.batch * self.settings.capacity * self.layout.bytes_per_token
         self.stores: dict[Gathering, Carrier] = {
             each: held.enter_context(LocalStore(device, capacity + SLACK_BYTES, gathering=each)) for each in Gathering
         }

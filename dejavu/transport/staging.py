@@ -5,6 +5,7 @@ import threading
 from dejavu.device.base import Buffer, Closing, Device, Location, Stream
 from dejavu.device.pieces import Pieces
 from dejavu.errors import TransferError
+from dejavu.transport.calibration import Engine, calibration_of, route_of
 from dejavu.transport.carrier import Gathering
 from dejavu.transport.message import coalesce
 
@@ -14,16 +15,28 @@ CHUNK_BYTES = 4 << 20
 def move(
     device: Device, target: Buffer, source: Buffer, pieces: Pieces, gathering: Gathering, *, stream: Stream
 ) -> None:
-    """Queue the copies of pieces: one for each, or one for all of them. The pieces have been checked."""
+    """Queue the copies of pieces: one for each, or all of them by one call. The pieces have been checked."""
     if gathering is Gathering.PACKED:
         pieces = coalesce(pieces)
     if len(pieces) > 1 and gathering is Gathering.PACKED:
-        device.pack(target, source, pieces, stream=stream)
-        return
+        engine = choose_engine(device, target, source, pieces)
+        if engine is not Engine.COPIES:
+            together = device.pack if engine is Engine.DIRECT else device.copy_batch
+            together(target, source, pieces, stream=stream)
+            return
     rows = zip(pieces.source.tolist(), pieces.target.tolist(), pieces.nbytes.tolist(), strict=True)
     for start, to, nbytes in rows:
         if nbytes:
             device.copy(target.view(to, nbytes), source.view(start, nbytes), stream=stream)
+
+
+def choose_engine(device: Device, target: Buffer, source: Buffer, pieces: Pieces) -> Engine:
+    """Choose what moves several pieces; a CPU has but one way."""
+    if device.properties.kind == "cpu":
+        return Engine.DIRECT
+    from_host, to_host = source.location is Location.HOST, target.location is Location.HOST
+    route = route_of(from_host=from_host, to_host=to_host)
+    return calibration_of(device.properties.name).choose(route, len(pieces), pieces.total_bytes)
 
 
 def wrap(error: BaseException) -> TransferError:
