@@ -45,18 +45,23 @@ def finish(
     options: Row,
     ranks: Sequence[Row] = (),
     *,
+    table: Sequence[Row] | None = None,
+    notes: Sequence[str] = (),
     more: Mapping[str, Any] | None = None,
     error: str | None = None,
     **facts: Any,
 ) -> int:
     """Write run.yaml and NAME.csv, print the table and the JSON line; say how it went, and give the exit code.
 
-    `more` is added to the JSON object; `error` says what was measured to be wrong.
+    `table` is printed in place of rows that are too wide, and `notes` below it; `more` is added to the JSON object;
+    `error` says what was measured to be wrong.
     """
     directory.write_run(describe_run(options, list(ranks), **facts))
     columns = list(rows[0]) if rows else []
     write_table(directory.path / f"{name}.csv", columns, [[row[column] for column in columns] for row in rows])
-    print_table(name, rows)
+    print_table(name, rows if table is None else table)
+    for note in notes:
+        Console().print(note, highlight=False, markup=False)
     print(json.dumps({"bench": name, "run": str(directory.path), "rows": list(rows), **(more or {})}), flush=True)
     directory.write_result("error" if error else "ok", 1 if error else 0, error)
     return 1 if error else 0

@@ -1,0 +1,279 @@
+"""Serve one workload with prompts and tokens in one pipeline, and in two, on the same ranks: the paper's Figure 8.
+
+Four arrangements take turns in one job: a colocated pipeline with whole prompts (the paper's baseline, arXiv
+2403.01876), one with prompts in chunks, colocated pipelines side by side, and a prompt pipeline beside a token
+pipeline. Each serves the same requests all at once and at the given rates. By default stages wait instead of computing,
+so that schedules are measured and not two cores. Every request's tokens have to be the baseline's: `wrong` counts those
+that are not. The closed form knows nothing of overheads; the simulator is told how long passes really took.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+from click.core import ParameterSource
+
+from dejavu.config import ServeConfig
+from dejavu.errors import UsageError
+from dejavu.planning.lengths import Lengths
+from dejavu.request import Completion, Request, SamplingParams
+from dejavu.topology import CONTROLLER
+
+from .arrangements import Arrangement, Times, colocated_arrangements, disaggregated, parse_split, plan_split
+from .driver import open_run_directory, run_ranks
+
+if TYPE_CHECKING:
+    from dejavu.cluster.engine import Outcome
+    from dejavu.engine.controller import Controller
+    from dejavu.engine.setup import EngineSetup
+    from dejavu.measure.records import StepRecord
+    from dejavu.transport.mpi import Channel
+
+AT_ONCE = 0.0  # the rate of requests that all arrive together
+LEAD_S = 0.02  # from a workload's submission to its first arrival
+SPREAD = 0.6  # of the logarithm of output lengths: a choice between equal lengths and the long tail of chats
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Hold what was asked for."""
+
+    times: Times | None  # None computes a real model
+    model: str
+    dtype: str
+    workers: int
+    dp: int
+    chunk: int
+    split: str | None
+    microbatch_size: int
+    num_requests: int
+    prompt_len: int
+    output_len: int
+    outputs: str
+    rates: tuple[float, ...]
+    seed: int
+    transport: str
+    threads: int
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Give what all arrangements share."""
+        shared = ("model", "dtype", "microbatch_size", "num_requests", "prompt_len", "output_len", "seed", "threads")
+        values = {name: getattr(self, name) for name in (*shared, "transport")}
+        if self.times:
+            return values | {"load_format": "dummy", "max_prompt_tokens": self.prompt_len}  # one prompt in a pass
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Hold requests as they were served at one rate, with their arrivals counted from the first possible one."""
+
+    rate: float
+    lengths: tuple[Lengths, ...]
+    completions: tuple[Completion, ...]
+    start_s: float
+
+    @property
+    def end_s(self) -> float:
+        """Give when the last token came, on the run's clock."""
+        return max(completion.finish_s for completion in self.completions)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Hold what one arrangement did."""
+
+    arrangement: Arrangement
+    config: ServeConfig
+    names: dict[int, str]  # of the ranks
+    workloads: tuple[Workload, ...]
+    steps: tuple["StepRecord", ...]
+
+    def steps_of(self, workload: Workload) -> list["StepRecord"]:
+        """Give the passes of one workload."""
+        return [step for step in self.steps if workload.start_s <= step.start_s <= workload.end_s]
+
+
+@click.command()
+@click.option("--workers", default=4, show_default=True, type=click.IntRange(2), help="Ranks to share out.")
+@click.option("--split", metavar="P,T", help="Prompt and token stages  [default: by the paper's closed form]")
+@click.option("--dp", default=2, show_default=True, type=click.IntRange(1), help="Pipelines side by side.")
+@click.option("--prompt-chunk", "chunk", type=click.IntRange(2), help="Tokens of a chunk  [default: a quarter]")
+@click.option("--synthetic", default="200,20", show_default=True, metavar="MS,MS", help="A prompt, a step; or none.")
+@click.option("--model", help="As for `dejavu serve`; computes unless --synthetic is given too.")
+@click.option("--dtype", default="float32", show_default=True, help="As for `dejavu serve`.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="CPU threads of each worker.")
+@click.option("--transport", default="ipc", show_default=True, help="As for `dejavu serve`.")
+@click.option("--microbatch-size", default=1, show_default=True, type=click.IntRange(1), help="Rows of a microbatch.")
+@click.option("--num-requests", default=20, show_default=True, type=click.IntRange(1), help="Requests of a workload.")
+@click.option("--prompt-len", default=64, show_default=True, type=click.IntRange(1), help="Tokens of each prompt.")
+@click.option("--output-len", default=10, show_default=True, type=click.IntRange(2), help="Mean tokens of an output.")
+@click.option("--outputs", type=click.Choice(["lmsys", "fixed"]), default="lmsys", help="Log-normal, or all the same.")
+@click.option("--rates", default="5,10", show_default=True, help="Requests per second, beside all at once; or none.")
+@click.option("--seed", default=0, show_default=True, help="Of lengths, prompts and arrivals.")
+@click.option("--out", help="The run directory.")
+@click.pass_context
+def command(context: click.Context, /, out: str | None, **given: Any) -> int:
+    """Serve prompts and tokens in one pipeline and in two, on the same ranks."""
+    synthetic = context.get_parameter_source("synthetic") is not ParameterSource.DEFAULT
+    options = make_options(given, synthetic=synthetic or not given["model"])
+    return run_ranks(context, options.workers + 1, "disaggregation", out, lambda: run_rank(options, given, out))
+
+
+def make_options(given: dict[str, Any], *, synthetic: bool) -> Options:
+    """Read the command line; raise UsageError for what cannot be."""
+    workers, dp = given["workers"], given["dp"]
+    if workers % dp:
+        raise UsageError(f"--dp {dp} does not divide {workers} workers: give a divisor")
+    if given["split"]:
+        parse_split(given["split"], workers)
+    pair = numbers(given.pop("synthetic"), "--synthetic") if synthetic else ()
+    if synthetic and len(pair) not in (0, 2):
+        raise UsageError(f"--synthetic has {len(pair)} numbers: give PROMPT_MS,TOKEN_MS such as 200,20, or none")
+    chunk = given["chunk"] or max(2, given["prompt_len"] // 4)
+    kept = {name: value for name, value in given.items() if name not in ("chunk", "rates", "model", "synthetic")}
+    return Options(
+        times=Times(pair[0] / 1e3, pair[1] / 1e3) if pair else None,
+        model=given["model"] or "gpt2",
+        chunk=chunk,
+        rates=(AT_ONCE, *numbers(given["rates"], "--rates")),
+        **kept,
+    )
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Read a list such as 5,10, or the word none."""
+    try:
+        values = () if text == "none" else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (0.0,)
+    if not all(0 < value < float("inf") for value in values):
+        raise UsageError(f"{option} {text!r}: give numbers above 0 such as 5,10, or the word none")
+    return values
+
+
+def output_lengths(options: Options) -> list[int]:
+    """Draw the output tokens of each request: log-normal with the given mean, or that for all."""
+    import numpy as np
+
+    from dejavu.planning.trace import LogNormal
+
+    if options.outputs == "fixed":
+        return [options.output_len] * options.num_requests
+    median = options.output_len / float(np.exp(SPREAD**2 / 2))
+    drawn = LogNormal(median, SPREAD, 4 * options.output_len).draw(
+        np.random.default_rng(options.seed), options.num_requests
+    )
+    return [max(2, length) for length in drawn]
+
+
+def make_lengths(options: Options, rate: float) -> tuple[Lengths, ...]:
+    """Give the requests of a workload; at a rate they arrive as a Poisson process, whose gaps scale with it."""
+    from dejavu.planning.trace import TraceEntry, with_rate
+
+    entries = [TraceEntry(Lengths(options.prompt_len, output)) for output in output_lengths(options)]
+    return tuple(entry.lengths for entry in (with_rate(entries, rate, options.seed) if rate else entries))
+
+
+def run_rank(options: Options, given: dict[str, Any], out: str | None) -> int:
+    """Run one arrangement after the other; rank 0 drives and reports, the others work until there is no further one."""
+    from mpi4py import MPI
+
+    from dejavu.cluster.engine import run_worker
+    from dejavu.transport.mpi import Channel
+
+    channel, code = Channel(MPI.COMM_WORLD, 120.0), 0
+    if channel.rank == CONTROLLER:
+        from .comparison import report
+
+        served = serve_all(channel, options)
+        code = report(open_run_directory("disaggregation", out), served, options, given)
+    else:
+        while setup := channel.receive(CONTROLLER)[1]:
+            run_worker(channel, setup)
+    channel.close()
+    return code
+
+
+def serve_all(channel: "Channel", options: Options) -> list[Served]:
+    """Serve the workloads with each arrangement; the baseline's times decide the split of the last one."""
+    colocated = colocated_arrangements(options.workers, options.dp, options.chunk)
+    served = [serve(channel, arrangement, options) for arrangement in colocated]
+    split = disaggregated(choose_split(options, served[0]))
+    served.append(serve(channel, split, options))
+    for rank in range(1, channel.size):
+        channel.send(rank, None)
+    return served
+
+
+def choose_split(options: Options, baseline: Served) -> tuple[int, int]:
+    """Take the given split, or the paper's; times that were not given are the baseline's."""
+    if options.split:
+        return parse_split(options.split, options.workers)
+    from .passes import fit_passes
+
+    times = options.times
+    if times is None:
+        steps = baseline.steps_of(baseline.workloads[0])
+        measured = fit_passes(steps, 0, options.workers)
+        times = Times(measured.prompt_s * options.workers, measured.token_s * options.workers)
+    lengths = output_lengths(options)
+    mean_steps = sum(lengths) / len(lengths) - 1
+    return plan_split(options.workers, options.microbatch_size, options.prompt_len, mean_steps, times)
+
+
+def serve(channel: "Channel", arrangement: Arrangement, options: Options) -> Served:
+    """Start an engine, warm it up, serve every workload, end it."""
+    from dejavu.cluster.engine import run_controller
+    from dejavu.cluster.job import prepare
+
+    longest = max(output_lengths(options))
+    config = arrangement.config(options.fixed | {"row_len": options.prompt_len + longest}, options.times)
+    job = prepare(config, channel.size)
+    for rank in range(1, channel.size):
+        channel.send(rank, job.setup)
+    drive = Drive(job.requests, options)
+    workloads, outcome = run_controller(channel, job.setup, drive)
+    return Served(arrangement, config, rank_names(job.setup), tuple(workloads), all_steps(outcome))
+
+
+def rank_names(setup: "EngineSetup") -> dict[int, str]:
+    """Say what each rank is, for the trace."""
+    return {0: "controller"} | {p.rank: f"{p.role.value} stage {p.stage}" for p in setup.topology.workers}
+
+
+def all_steps(outcome: "Outcome") -> tuple["StepRecord", ...]:
+    """Gather the workers' passes in the order of time."""
+    steps = [step for report in outcome.reports.values() for step in report.steps]
+    return tuple(sorted(steps, key=lambda step: step.start_s))
+
+
+class Drive:
+    """Serve the workloads one after the other on a running engine."""
+
+    def __init__(self, requests: Sequence[Request], options: Options) -> None:
+        self.requests = requests
+        self.options = options
+
+    def __call__(self, controller: "Controller") -> list[Workload]:
+        """Warm up, then serve each workload alone."""
+        warm_up = [self.request(controller, "warm", index, Lengths(0, 3)) for index in range(self.options.workers)]
+        controller.generate(warm_up)
+        return [self.serve(controller, rate) for rate in self.options.rates]
+
+    def serve(self, controller: "Controller", rate: float) -> Workload:
+        """Serve the requests at one rate to their end."""
+        controller.wait_clean()
+        lengths = make_lengths(self.options, rate)
+        start_s = controller.clock.now_s() + LEAD_S
+        later = [each._replace(arrival_s=each.arrival_s + start_s) for each in lengths]
+        requests = [self.request(controller, f"{rate:g}", index, each) for index, each in enumerate(later)]
+        return Workload(rate, lengths, tuple(controller.generate(requests)), start_s)
+
+    def request(self, controller: "Controller", name: str, index: int, lengths: Lengths) -> Request:
+        """Make a request with the workload's prompt number `index`."""
+        sampling = SamplingParams(max_tokens=lengths.output_tokens, ignore_eos=True)
+        prompt = self.requests[index % len(self.requests)]
+        return replace(prompt, request_id=f"{name}/{index}", sampling=sampling, arrival_s=lengths.arrival_s)
