@@ -90,7 +90,7 @@ def fit_passes(steps: Sequence[StepRecord], first_stage: int, depth: int, *, pro
     if prompts_only:
         found = [gap for gap in found if not gap.is_back]
     way_s = mean_way([gap for gap in found if gap.was_idle], depth)
-    waiting = [gap for gap in found if gap.input.end_s + way_s < gap.free_s]
+    waiting = [gap for gap in found if not gap.is_back and gap.input.end_s + way_s < gap.free_s]
     between_s = mean([gap.step.start_s - gap.free_s for gap in waiting]) if depth > 1 else way_s
     own = [step for step in steps if first_stage <= step.stage < first_stage + depth]
     hop_s = max(0.0, way_s - between_s) if depth > 1 else 0.0

@@ -5,6 +5,7 @@ import click
 from .lazy import LazyGroup
 
 BENCHMARKS = {
+    "disaggregation": "Serve prompts and tokens in one pipeline and in two, on the same ranks.",
     "generate": "Time token generation beside another implementation.",
     "microbench": "Measure KV streaming over every carrier against a plain copy.",
     "overhead": "Measure what KV streaming costs serving steps, at each level.",

@@ -1,0 +1,128 @@
+"""The disaggregation benchmark: its closed forms, what it reads out of step records, what it says, and a whole run."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from dejavu.benchmarks.arrangements import (
+    Times,
+    closed_form_makespan,
+    colocated_arrangements,
+    disaggregated,
+    parse_split,
+    plan_split,
+)
+from dejavu.benchmarks.comparison import compare, count_wrong
+from dejavu.benchmarks.disaggregation import Workload, make_options, output_lengths
+from dejavu.benchmarks.passes import PassTimes, fit_admission, fit_passes
+from dejavu.errors import UsageError
+from dejavu.planning.lengths import Lengths
+from dejavu.planning.simulator import simulate
+from dejavu.request import Completion, Request
+
+GIVEN = {"workers": 4, "split": None, "dp": 2, "chunk": None, "synthetic": "200,20", "model": None, "dtype": "float32"}
+GIVEN |= {"threads": 1, "transport": "ipc", "microbatch_size": 1, "num_requests": 24, "prompt_len": 64, "seed": 3}
+GIVEN |= {"output_len": 10, "outputs": "lmsys", "rates": "5,10"}
+
+
+def options(**changes):
+    return make_options({**GIVEN, **changes}, synthetic=True)
+
+
+@pytest.mark.parametrize("prompt_s", [0.2, 0.8])
+@pytest.mark.parametrize("split", [(1, 3), (2, 2)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_closed_forms_are_what_the_simulator_gives_without_overhead(prompt_s, split, rows):
+    given, times = options(microbatch_size=rows), Times(prompt_s, 0.02)
+    requests = [Lengths(64, 12)] * 24
+    known = 0
+    for arrangement in [*colocated_arrangements(4, 2, 16), disaggregated(split)]:
+        config = arrangement.config(given.fixed, times)
+        passes = [arrangement.chunked(times, 64).part(depth) for depth in arrangement.depths]
+        simulated_s = simulate(arrangement.simulated(config, passes, 0.0), requests).makespan_s
+        closed_s = closed_form_makespan(arrangement, rows, requests, times)
+        known += closed_s is not None
+        assert closed_s is None or closed_s == pytest.approx(simulated_s, rel=0.02)
+    assert known == (3 if rows == 1 else 2)
+
+
+def test_no_closed_form_for_mixed_lengths_arrivals_or_half_a_cycle():
+    baseline, times = colocated_arrangements(4, 2, 16)[0], Times(0.2, 0.02)
+    assert closed_form_makespan(baseline, 1, [Lengths(64, 12), Lengths(64, 13)] * 4, times) is None
+    assert closed_form_makespan(baseline, 1, [Lengths(64, 12, float(i)) for i in range(4)], times) is None
+    assert closed_form_makespan(baseline, 1, [Lengths(64, 12)] * 5, times) is None
+
+
+def test_times_come_back_out_of_the_records_of_passes():
+    given, times = options(), PassTimes(0.05, 0.005, 0.001)
+    lengths = [Lengths(64, output) for output in output_lengths(given)]
+    baseline = colocated_arrangements(4, 2, 16)[0]
+    setup = baseline.simulated(baseline.config(given.fixed, Times(0.2, 0.02)), [times], 0.002)
+    result = simulate(setup, lengths, record=True)
+    fitted = fit_passes(result.steps, 0, 4)
+    assert fitted.prompt_s == pytest.approx(times.prompt_s)
+    assert fitted.token_s == pytest.approx(times.token_s)
+    assert fitted.hop_s == pytest.approx(times.hop_s, rel=0.1)
+    assert fit_admission(result.steps, [0], result.admitted_s.tolist(), 9.0) == pytest.approx(0.002, rel=0.1)
+
+
+def test_the_split_is_the_papers_and_leaves_each_side_a_rank():
+    assert plan_split(4, 1, 64, 10, Times(0.2, 0.02)) == (2, 2)
+    assert plan_split(4, 1, 64, 10, Times(0.001, 0.02)) == (1, 3)
+    assert plan_split(4, 1, 64, 1, Times(9.0, 0.001)) == (3, 1)
+    assert parse_split("1,3", 4) == (1, 3)
+    for text in ("1,2", "4,0", "x", "1,2,1"):
+        with pytest.raises(UsageError, match="--split"):
+            parse_split(text, 4)
+
+
+def test_options_that_cannot_be():
+    for name, value in {"dp": 3, "rates": "5,-1", "synthetic": "200", "split": "9,9"}.items():
+        with pytest.raises(UsageError, match=f"--{name}"):
+            options(**{name: value})
+
+
+def test_other_tokens_are_counted():
+    done = tuple(Completion(Request(str(i), (1,)), token_ids=[i, 7]) for i in range(3))
+    workload = Workload(0.0, (), done, 0.0)
+    assert count_wrong(workload, workload) == 0
+    other = tuple(replace(completion, token_ids=[0, 7]) for completion in done)
+    assert count_wrong(replace(workload, completions=other), workload) == 2
+
+
+def test_a_loss_is_said():
+    rows = [
+        {"arrangement": name, "throughput_requests_per_s": rate, "p50_normalized_latency_s": 1.0, "speedup": rate / 4}
+        for name, rate in (("colocated", 4.0), ("chunked", 5.0), ("disaggregated", 3.0))
+    ]
+    said = compare(rows, "all at once")
+    assert "loses to the colocated pipeline (0.75 times" in said
+    assert "loses to the best colocated layout, chunked (0.60 times" in said
+
+
+def test_all_arrangements_serve_the_same_tokens(tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--workers", "2", "--synthetic", "24,6", "--num-requests", "4", "--output-len", "4", "--rates", "40"]
+    command = [sys.executable, "-m", "dejavu.cli.main", "bench", "disaggregation", *arguments, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    rows = result["rows"]
+    arrangements = ("colocated", "chunked", "data-parallel", "disaggregated")
+    assert [(row["arrangement"], row["rate"]) for row in rows] == [(a, r) for a in arrangements for r in (None, 40.0)]
+    assert all(row["same_tokens"] and row["wrong"] == 0 and row["requests"] == 4 for row in rows)
+    assert all(0 < row["idle_mean"] <= row["idle_max"] < 1 for row in rows)
+    assert all((row["p95_handover_ms"] is not None) == (row["arrangement"] == "disaggregated") for row in rows)
+    assert all(row["speedup"] == 1 for row in rows if row["arrangement"] == "colocated")
+    assert all(abs(row["simulated_difference_percent"]) < 40 for row in rows)  # a tiny run on a busy machine
+    assert len(result["verdicts"]) == 3
+    with (out / "disaggregation.csv").open(newline="") as file:
+        assert list(csv.DictReader(file).fieldnames or ()) == list(rows[0])
+    assert (out / "disaggregation.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("colocated", "disaggregated"):
+        events = json.loads((out / f"trace-{name}.json").read_text())["traceEvents"]
+        assert {event["ph"] for event in events} >= {"X", "M"}
