@@ -90,8 +90,8 @@ class PlainCopy(Plain):
     def _pair(self, direction: str, nbytes: int, stream: Stream) -> tuple[Buffer, Buffer, Stream]:
         device = self.world.device
         here, host = device.allocate(nbytes), device.allocate_host(nbytes)
-        for memory in (here, host):
-            device.fill(memory, 1, stream=stream)
+        device.fill(here, 1, stream=stream)
+        array_at(host.address, (nbytes,)).fill(1)  # by the host: a device sets host memory byte by byte
         stream.synchronize()
         return (host, here, stream) if direction == "out" else (here, host, stream)
 
@@ -216,8 +216,7 @@ class PlainFile(Plain):
         self._flags = os.O_DIRECT if store.io == "direct" else 0
         self._fsync = store.fsync
         self._direction = direction
-        world.device.fill(self._memory, 1, stream=world.device.compute_stream)
-        world.device.synchronize()
+        array_at(self._memory.address, (self._size,)).fill(1)
         self._write()
 
     def start(self, index: int) -> list[Any]:

@@ -56,6 +56,7 @@ class Settings:
     shape: CacheShape
     cases: tuple[Case, ...]
     repeats: int
+    verbose: bool = False
 
     @property
     def transports(self) -> list[str]:
@@ -90,6 +91,7 @@ class Settings:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where.")
 @click.option("--filter", "pattern", help="Only cases whose name holds this, or matches it (* and ?).")
 @click.option("--list", "is_list", is_flag=True, help="Name the cases and stop.")
+@click.option("--verbose", is_flag=True, help="Name each case when it begins.")
 @click.option("--out", help="The run directory.")
 @click.pass_context
 def command(context: click.Context, /, out: str | None, is_list: bool, **options: Any) -> int:
@@ -114,7 +116,7 @@ def make_settings(options: Row) -> Settings:
     assert shape.layout.total_bytes > 0
     sizes = parse_sizes(SIZES[kind] if options["sizes"] == "auto" else options["sizes"])
     cases = choose_cases(list_cases(parse_transports(options["transports"]), sizes), options["pattern"])
-    return Settings(kind, shape, tuple(cases), options["repeats"])
+    return Settings(kind, shape, tuple(cases), options["repeats"], bool(options.get("verbose")))
 
 
 def parse_transports(text: str) -> list[str]:
@@ -221,6 +223,8 @@ class Bench:
         """Measure one case, and add its row."""
         from .links import agree
 
+        if self.settings.verbose and self.world.rank == 0:
+            click.echo(case.name, err=True)
         load, reason = None, ""
         try:
             load = make_load(self.world, self.settings, case, self.carrier(case))

@@ -17,7 +17,7 @@ from dejavu.device.flags import Flag
 GATE_DEADLINE_S = 60.0
 WAIT_S = 60.0
 MOST_GATED_COPIES = 700  # the driver blocks who posts about 1000 operations behind a wait
-SECONDS = 0.25  # after which no further repeat begins
+SECONDS = 0.15  # after which no further repeat begins
 FEWEST, WINDOWS = 3, 5  # repeats in any case; timed windows
 
 
