@@ -57,7 +57,13 @@ def decorate(axes: object, title: str) -> None:
     for operation, mark in MARKERS.items():
         kinds.append(Line2D([], [], color="gray", marker=mark, linestyle="", label=operation.replace("_", " ")))
     kinds.append(Line2D([], [], color="gray", marker="s", markerfacecolor="none", linestyle="", label="naive (hollow)"))
-    axes.set(xscale="log", yscale="log", xlabel="bytes of a message", ylabel="bandwidth, GB/s", title=title)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="bytes of a message",
+        ylabel="bandwidth, GB/s",
+        title=f"KV streaming on {title}",
+    )
     axes.set_xscale("log", base=2)
     axes.grid(visible=True, which="both", alpha=0.25)
     first = axes.legend(loc="lower right", fontsize=8, title="contiguous, by carrier")

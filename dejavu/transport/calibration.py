@@ -105,8 +105,9 @@ def read_calibration(path: Path) -> Calibration:
         routes: dict[str, list[dict[str, Any]]] = yaml.safe_load(path.read_text())["routes"]
         return Calibration({Route(name): tuple(map(_point, rows)) for name, rows in routes.items()})
     except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"the calibration {path} cannot be read ({' '.join(str(error).split())}): delete it, or run `dejavu bench calibrate`"
+            f"the calibration {path} cannot be read ({reason}): delete it, or run `dejavu bench calibrate`"
         ) from error
 
 
