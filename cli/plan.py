@@ -126,7 +126,10 @@ def search(options: dict[str, Any]) -> int:
     console.print(rows_table(rows, COLUMNS, title))
     for verdict in found.verdicts:
         console.print(verdict)
-    return finish(rows, options["out"], found.best.layout, options["model"])
+    if found.best.layout.swap:
+        instead = "best.yaml is the best layout without" if found.servable else "there is no best.yaml"
+        console.print(f"the best layout swaps, which `dejavu serve` does not support yet: {instead}")
+    return finish(rows, options["out"], found.servable, options["model"])
 
 
 def make_task(options: dict[str, Any], profile: Any) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from dejavu.errors import CapacityError, ConfigError
+from dejavu.errors import CapacityError, ConfigError, UsageError
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.profile import Profile, ProfileTimes
 from dejavu.planning.setup import PipelineRole, PipelineSetup, Setup, Swap
@@ -135,6 +135,11 @@ class Layout:
         return "data-parallel" if self.replicas > 1 else "colocated"
 
     @property
+    def handover_rows(self) -> int:
+        """Count the requests beyond its rows that the token side has memory for: as many as fill the prompt side."""
+        return self.prompt_stages * self.batch
+
+    @property
     def num_devices(self) -> int:
         """Count the devices in use."""
         return self.replicas * (self.stages + self.prompt_stages) * self.tp
@@ -189,6 +194,12 @@ class Plan:
     def best(self) -> Scored:
         """Give the layout to use."""
         return self.ranked[0]
+
+    @property
+    def servable(self) -> Layout | None:
+        """Give the best layout that `dejavu serve` supports: one that fits without swapping."""
+        fitting = (scored.layout for scored in self.ranked if scored.result is not None and not scored.layout.swap)
+        return next(fitting, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,15 +264,19 @@ def plain_layouts(task: Task) -> Iterator[Layout]:
 
 
 def needed_bytes(task: Task, layout: Layout) -> float:
-    """Give the memory that the fullest device needs: weights, and the KV of every microbatch, or of two."""
-    sides = [(layout.stages, 2 if layout.swap else layout.stages)]
+    """Give the memory that the fullest device needs: weights, and the KV of every microbatch, or of two.
+
+    Token stages also keep the KV of requests whose prompts are under way, or done before there is a row for them.
+    """
+    microbatches = min(2, layout.stages) if layout.swap else layout.stages
+    sides = [(layout.stages, microbatches + layout.prompt_stages)]
     if layout.prompt_stages:
         sides.append((layout.prompt_stages, layout.prompt_stages))
     needs = []
     for stages, microbatches in sides:
         kv = task.shape.kv_bytes_per_token(stages, layout.tp, task.dtype_bytes)
         weights = task.shape.weight_bytes(stages, layout.tp, task.dtype_bytes)
-        needs.append(weights + kv * task.row_len * layout.batch * min(microbatches, stages))
+        needs.append(weights + kv * task.row_len * layout.batch * microbatches)
     return max(needs)
 
 
@@ -286,7 +301,8 @@ def make_setup(task: Task, layout: Layout) -> Setup:
     prompt = task.times.stage(layout.prompt_stages, layout.tp, task.stream_slowdown)
     token = task.times.stage(layout.stages, layout.tp)
     prompts = side(layout.prompt_stages, prompt, "prompt", layout)
-    return Setup((prompts, side(layout.stages, token, "token", layout, swap)), admission_s=ADMISSION_S)
+    pipelines = prompts, side(layout.stages, token, "token", layout, swap)
+    return Setup(pipelines, admission_s=ADMISSION_S, prompt_ahead=layout.handover_rows)
 
 
 def side(stages: int, times: StageTimes, role: PipelineRole, layout: Layout, swap: Swap | None = None) -> PipelineSetup:
@@ -339,11 +355,12 @@ def swapping_pays(output_len: int, token_s: float, batch: int, bytes_per_token: 
 
 
 def serve_profile(layout: Layout, model: str | None = None) -> dict[str, Any]:
-    """Give the keys of the profile YAML with which `dejavu serve` uses a layout; replicas are servers of their own."""
+    """Give the keys of the profile YAML with which `dejavu serve` uses a layout; raise UsageError for swapping."""
+    if layout.swap:
+        raise UsageError("the layout swaps, which serving does not support yet: give more memory or a lower --batch")
     keys: dict[str, Any] = {} if model is None else {"model": model}
     keys |= {"tp": layout.tp, "microbatch_size": layout.batch}
     if layout.prompt_stages:
-        keys |= {"prompt_pp": layout.prompt_stages, "token_pp": layout.stages}
-    else:
-        keys["pp"] = layout.stages
-    return keys | ({"swap": True} if layout.swap else {})
+        stages = {"prompt_pp": layout.prompt_stages, "token_pp": layout.stages}
+        return keys | stages | {"handover_rows": layout.handover_rows}
+    return keys | {"pp": layout.stages} | ({"dp": layout.replicas} if layout.replicas > 1 else {})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dejavu.config import make_config
-from dejavu.errors import CapacityError, ConfigError, TopologyError
+from dejavu.errors import CapacityError, ConfigError, TopologyError, UsageError
 from dejavu.model.table import MODELS
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.planner import (
@@ -66,6 +66,8 @@ def test_memory_by_hand():
     assert needed_bytes(TASK, Layout(4, batch=2, swap=True)) == 7_000_000 + 1200 * 88 * 2 * 2
     # the prompt side has all 12 layers: 12.5e6 numbers, 4800 bytes a token, one microbatch
     assert needed_bytes(TASK, Layout(3, prompt_stages=1, batch=2)) == 25_000_000 + 4800 * 88 * 2
+    # a token stage has 3 of 12 layers, and the KV of 8 microbatches more than its 4, from the prompt side
+    assert needed_bytes(TASK, Layout(4, prompt_stages=8, batch=2)) == 7_000_000 + 1200 * 88 * 2 * 12
 
 
 def test_swapping_is_tried_where_memory_is_short():
@@ -116,9 +118,28 @@ def test_shape_of_a_known_model():
     assert shape.layer_params == 12 * hidden**2 + 13 * hidden
 
 
-def test_colocated_plan_is_a_profile_that_serve_takes():
-    config = make_config(serve_profile(Layout(4, tp=2, batch=8), "opt-13b"))
-    assert (config.pp, config.tp, config.microbatch_size, config.model) == (4, 2, 8, "opt-13b")
+def test_plans_are_profiles_that_serve_takes():
+    for layout in (Layout(4, tp=2, batch=8), Layout(2, replicas=3), Layout(3, tp=2, prompt_stages=2, batch=5)):
+        config = make_config(serve_profile(layout, "opt-13b"))
+        assert config.num_workers == layout.num_devices
+        assert config.model == "opt-13b"
+        shapes = config.pipeline_shapes
+        assert {shape.microbatch_size for shape in shapes} == {layout.batch}
+        prompt_devices = sum(shape.pp * shape.tp for shape in shapes if shape.role == "prompt")
+        assert prompt_devices == layout.prompt_devices
+        assert len(shapes) == layout.replicas + (layout.prompt_stages > 0)
+        assert config.num_handover_rows == layout.handover_rows
+
+
+def test_no_profile_swaps():
+    with pytest.raises(UsageError, match="swaps, which serving does not support yet"):
+        serve_profile(Layout(4, batch=2, swap=True))
+    need = needed_bytes(TASK, Layout(4, batch=4, swap=True))
+    found = plan(replace(TASK, machine=Machine(4, need, 1e12)))
+    assert found.best.layout.swap
+    assert found.servable is not None
+    assert not found.servable.swap
+    assert misfit(replace(TASK, machine=Machine(4, need, 1e12)), found.servable) == ""
 
 
 # -- profiles ----------------------------------------------------------------------------------------------------------
