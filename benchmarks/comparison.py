@@ -22,11 +22,11 @@ SHOWN = {
     "arrangement": "arrangement",
     "rate": "rate",
     "throughput_requests_per_s": "req/s",
-    "p50_normalized_latency_s": "s/token",
+    "p50_normalized_latency_s": "s/tok",
     "p50_ttft_s": "ttft",
     "idle_mean": "idle",
     "simulated_difference_percent": "sim %",
-    "speedup": "speedup",
+    "speedup": "gain",
     "wrong": "wrong",
 }
 SHORTER = (2, 4, 8, 16)
@@ -205,9 +205,10 @@ def compare(rows: Sequence[Row], when: str) -> str:
     best = max(others, key=lambda row: row["throughput_requests_per_s"])
     gain = split["throughput_requests_per_s"] / best["throughput_requests_per_s"]
     base = verb(split["speedup"], "the colocated pipeline")
-    latency = others[0]["p50_normalized_latency_s"] / split["p50_normalized_latency_s"]
+    before_ms, after_ms = (1e3 * row["p50_normalized_latency_s"] for row in (others[0], split))
+    latency = f"median latency per token {before_ms:.3g} ms colocated, {after_ms:.3g} ms disaggregated"
     beside = "" if best is others[0] else f"; {verb(gain, 'the best colocated layout, ' + best['arrangement'])}"
-    return f"{when}: disaggregation {base}{beside}; median latency per token {latency:.2f} times better"
+    return f"{when}: disaggregation {base}{beside}; {latency}"
 
 
 def verb(gain: float, name: str) -> str:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +121,8 @@ def test_all_arrangements_serve_the_same_tokens(tmp_path):
     assert all(row["speedup"] == 1 for row in rows if row["arrangement"] == "colocated")
     assert all(abs(row["simulated_difference_percent"]) < 40 for row in rows)  # a tiny run on a busy machine
     assert len(result["verdicts"]) == 3
+    page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert [column for column in rows[0] if f"`{column}`" not in page] == []
     with (out / "disaggregation.csv").open(newline="") as file:
         assert list(csv.DictReader(file).fieldnames or ()) == list(rows[0])
     assert (out / "disaggregation.png").read_bytes().startswith(b"\x89PNG")
