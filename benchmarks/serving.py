@@ -60,8 +60,9 @@ class Serving:
         side = CacheSide((RankCache(0, self.layout),), {})
         self.resharding = Resharding(side, side)
         capacity = NUM_SETS * self.settings.batch * self.settings.capacity * self.layout.bytes_per_token
+        room = {Gathering.NAIVE: capacity, Gathering.PACKED: 2 * capacity}  # prompts whole, and layer by layer
         self.stores: dict[Gathering, Carrier] = {
-            each: held.enter_context(LocalStore(device, capacity + SLACK_BYTES, gathering=each)) for each in Gathering
+            each: held.enter_context(LocalStore(device, room[each] + SLACK_BYTES, gathering=each)) for each in room
         }
         self._prompt = self._batch(torch.randint(1, spec.vocab_size, (settings.batch * settings.prompt_len,)), 0)
         self._token = torch.randint(1, spec.vocab_size, (settings.batch,))
