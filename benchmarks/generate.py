@@ -7,6 +7,7 @@ faster. `same_tokens` is the share of requests whose tokens are equal: 1 in floa
 fall either way.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -120,24 +121,22 @@ def load_peer(setup: Any, name: str) -> Generate | None:
         return None
     if setup.directory is None:
         raise UsageError("the peer needs a checkpoint and this model has random weights: leave out --peer")
-    import os
-
     import torch
 
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.set_num_threads(setup.config.threads or len(os.sched_getaffinity(0)))
     model = AutoModelForCausalLM.from_pretrained(setup.directory, dtype=getattr(torch, setup.dtype)).eval()
-    fixed = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    fixed = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # a GenerationConfig would lose the None
 
     def generate(requests: list[Request]) -> Tokens:
         prompts = torch.tensor([request.prompt_token_ids for request in requests])
-        config = GenerationConfig(max_new_tokens=requests[0].sampling.max_tokens, **fixed)
+        length = {"max_new_tokens": requests[0].sampling.max_tokens}
         with torch.inference_mode():
-            output = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+            output = model.generate(prompts, attention_mask=torch.ones_like(prompts), **fixed, **length)
         tokens: Tokens = output[:, prompts.shape[1] :].tolist()
         return tokens
 
@@ -196,8 +195,6 @@ class Timing:
 
     def row(self, case: Case, own_s: list[float], peer_s: list[float], same: list[bool]) -> Row:
         """Put one case's times into columns."""
-        import os
-
         count = case.batch * case.output_len
         ratios = sorted(peer / own for own, peer in zip(own_s, peer_s, strict=False))
         return {
