@@ -1,6 +1,7 @@
 """Start a command of this program as the ranks of a job, and see the job to its end."""
 
 import os
+import secrets
 from collections.abc import Sequence
 
 import click
@@ -10,6 +11,7 @@ from dejavu.cluster.launcher import Launch, Terminal, build_launch, check_hostfi
 from dejavu.cluster.progress import open_display
 from dejavu.cluster.supervisor import new_job, run_job
 from dejavu.measure.run_directory import RunDirectory
+from dejavu.transport.registry import SECRET
 
 
 def plan_launch(
@@ -20,13 +22,17 @@ def plan_launch(
     hostfile: str | None = None,
     directory: RunDirectory | None = None,
 ) -> Launch:
-    """Make the launch of `dejavu ARGUMENTS` for this terminal; with a `directory`, as a job that reports there."""
+    """Make the launch of `dejavu ARGUMENTS` for this terminal; with a `directory`, as a job that reports there.
+
+    A job's ranks get a secret in their environment, by which the `tcp` carrier tells them from strangers.
+    """
     check_hostfile(hostfile)
+    secret = {SECRET: secrets.token_hex(32)} if directory else {}
     return build_launch(
         num_ranks,
         rank_program(arguments),
         mpirun=find_mpirun(os.environ.get("PATH", "")),
-        environment=os.environ,
+        environment={**os.environ, **secret},
         terminal=Terminal(console.width, color=console.is_terminal and not console.no_color),
         hostfile=hostfile,
         run_dir=directory.path.absolute() if directory else None,
