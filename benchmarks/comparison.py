@@ -30,6 +30,7 @@ SHOWN = {
     "wrong": "wrong",
 }
 SHORTER = (2, 4, 8, 16)
+TIE = 0.01
 HANDOVER_ALONE = 10  # percentile: hand-overs that waited for nothing but themselves
 
 
@@ -213,7 +214,8 @@ def compare(rows: Sequence[Row], when: str) -> str:
 
 def verb(gain: float, name: str) -> str:
     """Say whether it wins."""
-    return f"{'beats' if gain > 1 else 'loses to'} {name} ({gain:.2f} times its throughput)"
+    word = "equals" if abs(gain - 1) < TIE else "beats" if gain > 1 else "loses to"
+    return f"{word} {name} ({gain:.2f} times its throughput)"
 
 
 def shorter_prompts(served: Sequence["Served"], times: Times) -> str:

@@ -107,7 +107,7 @@ class Served:
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="CPU threads of each worker.")
 @click.option("--transport", default="ipc", show_default=True, help="As for `dejavu serve`.")
 @click.option("--microbatch-size", default=1, show_default=True, type=click.IntRange(1), help="Rows of a microbatch.")
-@click.option("--num-requests", default=20, show_default=True, type=click.IntRange(1), help="Requests of a workload.")
+@click.option("--num-requests", default=16, show_default=True, type=click.IntRange(1), help="Requests of a workload.")
 @click.option("--prompt-len", default=64, show_default=True, type=click.IntRange(1), help="Tokens of each prompt.")
 @click.option("--output-len", default=10, show_default=True, type=click.IntRange(2), help="Mean tokens of an output.")
 @click.option("--outputs", type=click.Choice(["lmsys", "fixed"]), default="lmsys", help="Log-normal, or all the same.")
