@@ -59,7 +59,8 @@ SWEEP_COLUMNS = {
 )
 @click.option("--max-prompt-tokens", type=int, default=8192, show_default=True, help="Most prompt tokens of a pass.")
 @click.option("--admit-ms", type=float, default=0.5, show_default=True, help="Until stage 0 hears of a request's row.")
-@click.option("--prompt-ahead", type=int, help="Most prompts done without a token row waiting; any number by default.")
+@click.option("--prompt-batch", type=int, help="Rows of a prompt microbatch; by default --batch.")
+@click.option("--prompt-ahead", type=int, help="Requests that the token side has memory for beyond its rows. [a batch]")
 @click.option("--hop-ms", type=float, default=0.0, show_default=True, help="Time from one stage to the next.")
 @click.option("--swap-bytes", type=float, help="Swap: KV bytes per token and row in one stage.")
 @click.option("--host-gbps", type=float, default=25.0, show_default=True, help="Host link that swapping uses, GB/s.")
@@ -165,12 +166,15 @@ def make_setup(options: dict[str, Any]) -> Any:
     same |= {"hop_s": options["hop_ms"] / 1e3}
     swap = None if options["swap_bytes"] is None else Swap(options["swap_bytes"], options["host_gbps"] * 1e9)
     if split:
-        prompt = PipelineSetup(options["prompt_stages"], times, "prompt", **(same | {"microbatches": 0}))
+        prompt_rows = options["rows"] if options["prompt_batch"] is None else options["prompt_batch"]
+        own = same | {"microbatches": 0, "rows": prompt_rows}
+        prompt = PipelineSetup(options["prompt_stages"], times, "prompt", **own)
         pipelines = (prompt, PipelineSetup(options["token_stages"], times, "token", swap=swap, **same))
+        ahead = prompt_rows if options["prompt_ahead"] is None else options["prompt_ahead"]
     else:
-        pipelines = (PipelineSetup(options["stages"], times, swap=swap, **same),) * options["replicas"]
+        pipelines, ahead = (PipelineSetup(options["stages"], times, swap=swap, **same),) * options["replicas"], None
     delays = {"cache_s": options["cache_ms"] / 1e3, "admission_s": options["admit_ms"] / 1e3}
-    return Setup(pipelines, **delays, prompt_ahead=options["prompt_ahead"], failures=make_failures(options, split))
+    return Setup(pipelines, **delays, prompt_ahead=ahead, failures=make_failures(options, split))
 
 
 def make_failures(options: dict[str, Any], split: bool) -> tuple[Any, ...]:
