@@ -8,7 +8,9 @@ BENCHMARKS = {
     "disaggregation": "Serve prompts and tokens in one pipeline and in two, on the same ranks.",
     "generate": "Time token generation beside another implementation.",
     "microbench": "Measure KV streaming over every carrier against a plain copy.",
+    "calibrate": "Measure what copies fastest here, for the library to choose by.",
     "overhead": "Measure what KV streaming costs serving steps, at each level.",
+    "validate": "Hold the simulator's predictions against the engine.",
 }
 
 HELP = """Measure one part of the system, and check what it computed.
