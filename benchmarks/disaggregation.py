@@ -129,14 +129,14 @@ def make_options(given: dict[str, Any], *, synthetic: bool) -> Options:
         raise UsageError(f"--dp {dp} does not divide {workers} workers: give a divisor")
     if given["split"]:
         parse_split(given["split"], workers)
-    pair = numbers(given.pop("synthetic"), "--synthetic") if synthetic else ()
+    pair = numbers(given["synthetic"], "--synthetic") if synthetic else ()
     if synthetic and len(pair) not in (0, 2):
         raise UsageError(f"--synthetic has {len(pair)} numbers: give PROMPT_MS,TOKEN_MS such as 200,20, or none")
     chunk = given["chunk"] or max(2, given["prompt_len"] // 4)
     kept = {name: value for name, value in given.items() if name not in ("chunk", "rates", "model", "synthetic")}
     return Options(
         times=Times(pair[0] / 1e3, pair[1] / 1e3) if pair else None,
-        model=given["model"] or "gpt2",
+        model=given["model"] or ("gpt2" if pair else "demo"),
         chunk=chunk,
         rates=(AT_ONCE, *numbers(given["rates"], "--rates")),
         **kept,

@@ -87,6 +87,14 @@ def test_options_that_cannot_be():
             options(**{name: value})
 
 
+def test_a_model_computes_unless_times_are_given_too():
+    assert options().times == Times(0.2, 0.02)
+    assert options(synthetic="none").model == "demo"
+    computed = make_options({**GIVEN, "model": "opt-125m"}, synthetic=False)
+    assert (computed.times, computed.model) == (None, "opt-125m")
+    assert "synthetic" not in disaggregated((2, 2)).config(computed.fixed, None).model_fields_set
+
+
 def test_other_tokens_are_counted():
     done = tuple(Completion(Request(str(i), (1,)), token_ids=[i, 7]) for i in range(3))
     workload = Workload(0.0, (), done, 0.0)
