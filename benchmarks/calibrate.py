@@ -34,7 +34,7 @@ def command(device: str, repeats: int, out_file: Path | None, out: str | None) -
 
     with choose_device(device, 0) as here:
         name = here.properties.name
-        rows = [row for route, *ends in open_routes(here) for row in measure_route(here, route, *ends, repeats)]
+        rows = [row for ends in open_routes(here) for row in measure_route(here, *ends, repeats)]
     path = out_file or calibration_path(name)
     write_calibration(path, name, make_calibration(rows))
     click.echo(f"wrote {path}")
@@ -159,4 +159,4 @@ def time_work(device: Any, stream: Any, work: Callable[[Any], None], repeats: in
             stream.synchronize(DEADLINE_S)
             times += [end.elapsed_ms(start) * 1e3] if turn else []
     gate.close()
-    return statistics.median(times)
+    return float(statistics.median(times))

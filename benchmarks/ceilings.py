@@ -43,7 +43,7 @@ class Plain:
     can_gate = False
     arrival = -1
 
-    def __init__(self, world: World, nbytes: int, window: int) -> None:
+    def __init__(self, world: Any, nbytes: int, window: int) -> None:
         self.world = world
         self.nbytes = nbytes
         self.window = window
@@ -169,7 +169,7 @@ class PlainSocket(Plain):
 
     def __init__(self, world: Any, nbytes: int, window: int) -> None:
         super().__init__(world, nbytes, window)
-        self._data = memoryview(np.ones(nbytes, dtype=np.uint8))
+        self._data = np.ones(nbytes, dtype=np.uint8).data
         self._socket = connect(world)
 
     def send(self) -> None:
@@ -211,7 +211,7 @@ class PlainFile(Plain):
         super().__init__(world, nbytes, window)
         self._size = -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
         self._memory = world.device.allocate_host(self._size)
-        self._data = memoryview(array_at(self._memory.address, (self._size,)))
+        self._data = array_at(self._memory.address, (self._size,)).data
         self._path: Path = store.directory.parent / "plain"
         self._flags = os.O_DIRECT if store.io == "direct" else 0
         self._fsync = store.fsync

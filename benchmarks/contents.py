@@ -33,8 +33,8 @@ def move_reference(target: "Tensor", source: "Tensor", pieces: Pieces) -> None:
         target[to : to + nbytes] = source[start : start + nbytes]
         return
     unit = int(np.gcd.reduce(np.concatenate([pieces.source, pieces.target, pieces.nbytes])))
-    to, start = (torch.from_numpy(_units(side, pieces, unit)) for side in (pieces.target, pieces.source))
-    _in_units(target, unit)[to.to(target.device)] = _in_units(source, unit)[start.to(source.device)]
+    places, starts = (torch.from_numpy(_units(side, pieces, unit)) for side in (pieces.target, pieces.source))
+    _in_units(target, unit)[places.to(target.device)] = _in_units(source, unit)[starts.to(source.device)]
 
 
 def _units(offsets: "np.ndarray", pieces: Pieces, unit: int) -> "np.ndarray":
@@ -80,11 +80,11 @@ class Check:
     def count_wrong(self, target: Buffer) -> int:
         """Count the bytes that are not what they must be, those beside the pieces included."""
         assert self._wanted is not None, "poison the target first"
-        from torch import empty_like
+        import torch
 
-        arrived = empty_like(self._wanted)
+        arrived = torch.empty_like(self._wanted)
         self._copy(arrived, target)
-        parts = zip(arrived.split(CHUNK_BYTES), self._wanted.split(CHUNK_BYTES), strict=True)
+        parts = zip(torch.split(arrived, CHUNK_BYTES), torch.split(self._wanted, CHUNK_BYTES), strict=True)
         return sum(count_differing(here, wanted) for here, wanted in parts)
 
     def _copy(self, target: "Buffer | Tensor", source: "Buffer | Tensor") -> None:

@@ -83,7 +83,7 @@ def open_carriers(
         reason = ""
         try:
             for gathering in gatherings:
-                place = {"capacity_bytes": capacity_bytes, "directory": directory / gathering.value}
+                place: dict[str, Any] = {"capacity_bytes": capacity_bytes, "directory": directory / gathering.value}
                 carrier = open_carrier(name, world.device, world.comm, gathering=gathering, **place)
                 carriers[gathering] = held.enter_context(carrier)
         except (DejavuError, ImportError) as error:

@@ -46,7 +46,12 @@ class MessageLoad:
 
     def start(self, index: int) -> list[Any]:
         """Post the send, or for a store what the direction says."""
-        ways = {"link": [self._send], "out": [self._send], "in": [self._fetch], "both": [self._send, self._fetch]}
+        ways: dict[str, list[Any]] = {
+            "link": [self._send],
+            "out": [self._send],
+            "in": [self._fetch],
+            "both": [self._send, self._fetch],
+        }
         return [post(index) for post in ways[self.direction]] if self.source else []
 
     def refresh(self, seed: int) -> None:

@@ -72,7 +72,7 @@ def command(out: str | None, repeats: int, **options: Any) -> int:
         with ExitStack() as held:
             serving = Serving(device, settings, held)
             rows = measure(serving, settings, repeats)
-        facts = {"device": device.properties.name, "model": settings.model}
+        facts: dict[str, Any] = {"device": device.properties.name, "model": settings.model}
     wrong = sum(row["wrong"] for row in rows)
     error = f"{wrong} bytes of the streamed cache differ from the pool's" if wrong else None
     shown = {**options, "repeats": repeats}
@@ -82,7 +82,7 @@ def command(out: str | None, repeats: int, **options: Any) -> int:
 def make_settings(kind: str, options: Row) -> Settings:
     """Fill the defaults in. Raises UsageError."""
     given = {name: value for name, value in options.items() if value is not None and name in DEFAULTS[kind]}
-    chosen = DEFAULTS[kind] | given
+    chosen: dict[str, Any] = DEFAULTS[kind] | given
     names = LEVELS[1:] if options["levels"] == "all" else [part.strip() for part in options["levels"].split(",")]
     if unknown := [name for name in names if name not in LEVELS[1:]]:
         raise UsageError(f"no level {unknown[0]!r}: use all, or some of {', '.join(LEVELS[1:])}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .driver import Row
 
@@ -49,7 +50,7 @@ def plot_bandwidth(rows: Sequence[Row], path: Path, title: str) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def decorate(axes: object, title: str) -> None:
+def decorate(axes: Any, title: str) -> None:
     """Label the axes, and say what marks and dashes are."""
     from matplotlib.lines import Line2D
 

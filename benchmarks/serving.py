@@ -105,7 +105,7 @@ class Serving:
         self.device.synchronize()
         for index in range(NUM_SETS):
             selection = self._prompts(index)
-            how = {"transfer": index, "stream": self.stream, "level": Level(level)}
+            how: dict[str, Any] = {"transfer": index, "stream": self.stream, "level": Level(level)}
             stream_in(self._store(level), self.back, self.resharding, selection, **how).wait(DEADLINE_S)
         rows, streamer = np.arange(self.settings.batch), self._steps(level, self.back)
         for step in range(self.settings.steps):
@@ -120,7 +120,7 @@ class Serving:
         if level == "none":
             self.model.forward(batch, None, self.pool.tensor)
             return None
-        how = {"transfer": index, "stream": self.stream, "level": Level(level)}
+        how: dict[str, Any] = {"transfer": index, "stream": self.stream, "level": Level(level)}
         streamer = LayerStreamer(self._store(level), self.pool, self.resharding, self._prompts(index), **how)
         self.model.forward(batch, None, self.pool.tensor, streamer.layer_done)
         if level != "full":

@@ -95,8 +95,8 @@ def shuffled(num_pieces: int, piece_bytes: int, seed: int) -> Exchange:
     place = np.arange(num_pieces) * piece_bytes
     source, target = rng.permutation(place), rng.permutation(place)
     nbytes = num_pieces * piece_bytes
-    lists = (make_pieces(side, place, piece_bytes) for side in (source, target))
-    return Exchange(*lists, nbytes, nbytes)
+    lists = [make_pieces(side, place, piece_bytes) for side in (source, target)]
+    return Exchange(lists[0], lists[1], nbytes, nbytes)
 
 
 def microbatch(shape: CacheShape) -> Exchange:
