@@ -50,5 +50,5 @@ def lend(device, connection):
 
 if __name__ == "__main__":
     kind, role, path = sys.argv[1:]
-    with open_device(kind) as opened, connect(Path(path), 30) as line:
+    with open_device("cuda" if kind == "cuda" else "cpu") as opened, connect(Path(path), 30) as line:
         {"export": export, "reply": reply, "lend": lend}[role](opened, line)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,13 @@ class Sum:
             assert tensor.is_contiguous()
             self.parts[rank] = tensor.clone()
             self.barrier.wait()
-            tensor.copy_(sum(part for part in self.parts if part is not None))
+            tensor.copy_(torch.stack([part for part in self.parts if part is not None]).sum(0))
             self.barrier.wait()
 
         return all_reduce
 
 
-def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
+def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     """Run calls side by side; give their results, or raise the first error."""
     results: list[Any] = [None] * len(calls)
 
@@ -102,8 +103,7 @@ class Pipeline:
         for ranks, pools in zip(self.stages, self.pools, strict=True):
             before = [None if h is None else h.clone() for h in hidden]
             calls = [
-                (lambda m=model, h=h, p=pool: m.forward(batch, h, p))
-                for model, h, pool in zip(ranks, hidden, pools, strict=True)
+                partial(model.forward, batch, h, pool) for model, h, pool in zip(ranks, hidden, pools, strict=True)
             ]
             after = in_threads(calls)
             for h, b in zip(hidden, before, strict=True):
