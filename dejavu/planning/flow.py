@@ -21,19 +21,23 @@ class Flow:
 
     def push(self, ready_s: float, duration_s: float) -> float:
         """Send a pass that may start at `ready_s` through all stages; give when it leaves the last one."""
+        depth, lines = self.depth, self.lines
         clock = (ready_s if ready_s > self.clock_s else self.clock_s) + duration_s
         slope = duration_s + self.hop_s
-        end = clock + slope * self.depth
+        end = last = clock + slope * depth
         self.clock_s = clock
-        lines = self.lines
-        self.lines = [(clock, slope)]
-        if not lines or lines[0][1] <= slope:
-            return end
+        self.lines = kept = []
         # Earlier, slower passes whose line still ends above this one's go on delaying what follows.
-        kept = [(start + duration_s, steeper) for start, steeper in lines if steeper > slope]
-        kept = [line for line in kept if line[0] + line[1] * self.depth > end + SAME_S]
-        self.lines = [*kept, (clock, slope)]
-        return max([end, *[start + steeper * self.depth for start, steeper in kept]])
+        for start, steeper in lines:
+            if steeper <= slope:
+                break
+            late = start + duration_s + steeper * depth
+            if late > end + SAME_S:
+                kept.append((start + duration_s, steeper))
+                if late > last:
+                    last = late
+        kept.append((clock, slope))
+        return last
 
     def free_s(self, stage: int) -> float:
         """Give when a stage is free again."""

@@ -25,7 +25,7 @@ class Pipeline:
         self.microbatches = [Microbatch(index, setup.rows) for index in range(setup.num_microbatches)]
         self.staged = record or setup.swap is not None
         self.flow: Flow | StagedFlow = (StagedFlow if self.staged else Flow)(setup.stages, setup.hop_s)
-        self.line: deque[Microbatch] = deque()  # waiting for stage 0
+        self.line: deque[Microbatch] = deque()  # waiting for stage 0, first to be ready first
         self.under_way: deque[Microbatch] = deque()  # first to end first
         self.next_index = 0  # round robin goes on here
         self.num_rows = setup.num_microbatches * setup.rows
@@ -73,21 +73,26 @@ class Pipeline:
 
         Nothing from outside reaches this pipeline before `horizon_s`: so far turns may be skipped.
         """
+        under_way, line, quick = self.under_way, self.line, not self.staged
+        moved = False
         while True:
-            if self.under_way and not self.line and not self.staged:
+            if quick and under_way and not line:
                 before = self.num_passes
                 self.run_steps(until_s)
-                if self.num_passes > before and self.next_s >= until_s:
-                    return
+                moved |= self.num_passes > before
             start_s = self.start_s
-            if self.under_way and self.under_way[0].ready_s <= start_s + SAME_S:
-                self.finish_pass(self.under_way.popleft())
+            if under_way and under_way[0].ready_s <= start_s + SAME_S:
+                if moved and min(under_way[0].ready_s, start_s) >= until_s:
+                    return
+                self.finish_pass(under_way.popleft())
                 if self.done:
                     return
+            elif moved and start_s >= until_s:
+                return
             else:
                 self.start_pass(self.choose(start_s), start_s, horizon_s)
-            if self.next_s >= until_s:
-                return
+                line = self.line  # a skipped turn puts it in order anew
+            moved = True
 
     def run_steps(self, until_s: float) -> None:
         """Do token steps, less than a turn of them, quickly: each microbatch that is back goes out again at once.
@@ -140,10 +145,11 @@ class Pipeline:
         if len(self.line) == 1:
             chosen = self.line.popleft()
         else:
-            count = len(self.microbatches)
-            ready = (m for m in self.line if m.ready_s <= start_s + SAME_S)
-            chosen = min(ready, key=lambda m: (m.index - self.next_index) % count)
-            self.line.remove(chosen)
+            count, first = len(self.microbatches), self.next_index
+            turns = [(m.index - first) % count for m in self.line if m.ready_s <= start_s + SAME_S]
+            place = turns.index(min(turns))
+            chosen = self.line[place]
+            del self.line[place]
         self.next_index = chosen.index + 1
         return chosen
 
@@ -345,7 +351,7 @@ class Pipeline:
             microbatch.in_line = microbatch in waiting
             microbatch.ready_s = max(failure.resume_s, microbatch.ready_s if microbatch in self.line else 0.0)
         self.under_way.clear()
-        self.line = deque(waiting)
+        self.line = deque(sorted(waiting, key=lambda m: m.ready_s))
         self.flow.delay_until(failure.resume_s)
         self.changes += 1
         return going_back

@@ -109,14 +109,14 @@ def test_unknown_configurations_are_refused():
 
 def test_a_small_run(tmp_path):
     out = tmp_path / "run"
-    arguments = ["--cases", "pp2", "--num-requests", "3", "--out", str(out)]
+    arguments = ["--cases", "pp2", "--num-requests", "3", "--prompt-ms", "20", "--token-ms", "8", "--out", str(out)]
     command = [sys.executable, "-m", "dejavu.cli.main", "bench", "validate", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["configuration"] for row in rows] == ["pp2", "recovery", "swapping"]
     assert (rows[0]["requests"], rows[0]["wrong"]) == (3, 0)
-    assert rows[0]["predicted_requests_per_s"] == pytest.approx(rows[0]["requests_per_s"], rel=0.3)
+    assert rows[0]["predicted_requests_per_s"] == pytest.approx(rows[0]["requests_per_s"], rel=0.5)
     assert all(row["requests"] is None and row["note"].startswith("waived") for row in rows[1:])
     assert (out / "validate.csv").exists()
     assert len((out / "requests.csv").read_text().splitlines()) == 1 + 3
