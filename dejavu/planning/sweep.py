@@ -9,6 +9,7 @@ from dejavu.planning.planner import Layout, LayoutKind, Task, TimeSource, make_s
 from dejavu.planning.simulator import simulate
 from dejavu.planning.times import StageTimes
 
+NEAR = 1.15  # of the most even split's busier side: the next one may be better by so much in a simulation
 KINDS: tuple[LayoutKind, ...] = ("colocated", "data-parallel", "disaggregated")
 
 
@@ -126,7 +127,7 @@ def point(task: Task, machines: int, batch: int, kind: LayoutKind, tp: int, cost
 
 
 def candidates(task: Task, machines: int, batch: int, kind: LayoutKind, tp: int) -> list[Layout]:
-    """Give the layouts of a kind worth simulating: the shallowest replicas that fit, the two most even splits."""
+    """Give the layouts of a kind worth simulating: the shallowest replicas that fit, the most even splits."""
     depth = min(machines, task.shape.num_layers)
     if kind == "colocated":
         options = [Layout(depth, tp, batch=batch)]
@@ -138,7 +139,8 @@ def candidates(task: Task, machines: int, batch: int, kind: LayoutKind, tp: int)
         splits = [Layout(machines - p, tp, prompt_stages=p, batch=batch) for p in range(1, machines)]
         options = [s for s in splits if max(s.stages, s.prompt_stages) <= task.shape.num_layers]
     fitting = [layout for layout in options if not misfit(task, layout)]
-    return sorted(fitting, key=lambda layout: bottleneck_s(task, layout))[:2]
+    fitting.sort(key=lambda layout: bottleneck_s(task, layout))
+    return [layout for layout in fitting[:2] if bottleneck_s(task, layout) <= NEAR * bottleneck_s(task, fitting[0])]
 
 
 def bottleneck_s(task: Task, layout: Layout) -> float:
