@@ -19,7 +19,7 @@ from dejavu.request import Completion, Request, SamplingParams
 START_S = 0.1  # the first arrival: every rank is at its place by then
 ROW_LEN = 1024
 SHORT, LONG = (8, 48), (64, 600)  # prompt tokens, from … to
-OUTPUTS = (4, 29)
+OUTPUTS = (8, 26)
 
 
 @dataclass(frozen=True, slots=True)
