@@ -97,10 +97,13 @@ def run_rank(configs: list[ServeConfig], options: dict[str, Any], out: str | Non
     for config in configs:
         job = prepare(config, channel.size)
         if channel.rank == CONTROLLER:
+            for rank in range(1, channel.size):
+                channel.send(rank, None)  # go: a worker that began earlier would talk to the last engine's controller
             peer = load_peer(job.setup, options["peer"])
             drive = Timing(job.requests, options, job.setup.dtype, peer)
             rows += run_controller(channel, job.setup, drive)[0]
         else:
+            channel.receive(CONTROLLER)
             run_worker(channel, job.setup)
     if channel.rank == CONTROLLER:
         finish(open_run_directory("generate", out), "generate", rows, options, peer_version=peer_version(options))
