@@ -87,6 +87,8 @@ class Spoiled:
 
     @property
     def done(self):
+        if self.transfer.done:
+            self.spoil()
         return self.transfer.done
 
     @property
@@ -95,6 +97,9 @@ class Spoiled:
 
     def wait(self, deadline_s=None):
         self.transfer.wait(deadline_s)
+        self.spoil()
+
+    def spoil(self):
         if self.memory is not None:
             self.memory.tensor()[self.offset] ^= 1
             self.memory = None
