@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mpi4py import MPI
 
 from dejavu.benchmarks import microbench, plots, shapes
 from dejavu.benchmarks.contents import Check, move_reference
@@ -25,6 +24,15 @@ COLUMNS = (
     "bandwidth_gbps,ceiling_gbps,percent_of_ceiling,wrong"
 )
 TINY = {"model": "opt-125m", "batch": 2, "prompt_len": 20, "tp": 2, "pp": 12, "block_size": 16}
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Give this process as the only rank, without the shared memory that Open MPI would leave behind."""
+    monkeypatch.setenv("OMPI_MCA_btl", "self")
+    from mpi4py import MPI
+
+    return MPI.COMM_SELF
 
 
 def run_bench(*arguments, timeout=60):
@@ -139,13 +147,13 @@ class Forgetful(LocalStore):
         (Forgetful, "microbatch/local/buffered/in", 3 * 16 * 2 * 6 * 64 * 2),
     ],
 )
-def test_wrong_bytes_are_counted(broken, pattern, wrong, monkeypatch):
+def test_wrong_bytes_are_counted(broken, pattern, wrong, monkeypatch, alone):
     monkeypatch.setattr("dejavu.transport.local.LocalStore", broken)
     options = {**TINY, "transports": "local", "sizes": "4KiB", "repeats": 3, "device": "cpu", "pattern": pattern}
     settings = microbench.make_settings(options)
     report = microbench.Report()
     with open_device("cpu") as device:
-        world = RankWorld(device, MPI.COMM_SELF)
+        world = RankWorld(device, alone)
         microbench.run_cases(world, settings, list(settings.cases), ["cpu:0", "host"], report)
         world.close()
     assert [row["wrong"] for row in report.rows] == [wrong]
