@@ -12,17 +12,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from dejavu.config import ServeConfig, make_config
-from dejavu.engine.controller import Controller
 from dejavu.errors import UsageError
 from dejavu.request import Request, SamplingParams
 from dejavu.topology import CONTROLLER, required_ranks
 
 from .driver import Row, finish, open_run_directory, run_ranks
+
+if TYPE_CHECKING:
+    from dejavu.engine.controller import Controller  # it starts MPI, which the process outside mpirun must not
 
 WARM_UP_TOKENS = 4
 Tokens = list[list[int]]
@@ -158,7 +160,7 @@ class Timing:
         self.peer = peer
         self.serial = 0
 
-    def __call__(self, controller: Controller) -> list[Row]:
+    def __call__(self, controller: "Controller") -> list[Row]:
         """Warm both sides up, then give a row for each batch."""
         rows = []
         for batch in numbers(self.options["batches"], "--batch"):
@@ -178,11 +180,11 @@ class Timing:
             for request in self.requests[: case.batch]
         ]
 
-    def engine(self, controller: Controller, case: Case, output_len: int) -> Tokens:
+    def engine(self, controller: "Controller", case: Case, output_len: int) -> Tokens:
         """Generate on the worker ranks."""
         return [done.token_ids for done in controller.generate(self.make_requests(case, output_len))]
 
-    def measure(self, controller: Controller, case: Case) -> Row:
+    def measure(self, controller: "Controller", case: Case) -> Row:
         """Time one case; the engine and the peer take turns."""
         own_s, peer_s, same = [], [], []
         for _ in range(self.options["repeats"]):

@@ -46,9 +46,11 @@ def test_imports_go_one_way(path):
             assert package in ("transport", "cluster"), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize(
-    "module", ["dejavu.config", "dejavu.topology", "dejavu.request", "dejavu.model.spec", "dejavu.engine.scheduler"]
-)
+PURE_MODULES = ["dejavu.config", "dejavu.topology", "dejavu.request", "dejavu.model.spec", "dejavu.engine.scheduler"]
+BENCHMARKS = ["generate", "microbench", "calibrate", "overhead", "disaggregation", "validate"]  # run outside mpirun too
+
+
+@pytest.mark.parametrize("module", [*PURE_MODULES, *(f"dejavu.benchmarks.{name}" for name in BENCHMARKS)])
 def test_pure_modules_import_nothing_heavy(module):
     heavy = ("torch", "mpi4py", "transformers", "matplotlib")
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
