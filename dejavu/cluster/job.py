@@ -27,7 +27,6 @@ def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
     topology = build_topology(config, model.spec, world_size or required_ranks(config))
     check_weights(config, model)
     tokenizer = load_tokenizer(model.directory) if model.directory else None
-    row_len = choose_row_len(config, model.spec)
     requests = to_requests(
         read_items(config),
         tokenizer,
