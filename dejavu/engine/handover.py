@@ -19,13 +19,16 @@ LayerDone = Callable[[int], None]
 
 
 class Mover(Protocol):
-    """Move KV between pipelines, beside the passes."""
+    """Move KV beside the passes: to another pipeline, another rank's memory, or the host's."""
 
     def begin(self, work: Work) -> LayerDone | None:
-        """Prepare to stream a pass's prompts; give what has to be called after each layer, with the model's number."""
+        """Prepare for a pass; give what has to be called after each layer, with the model's number."""
 
-    def expect(self, message: Expect) -> None:
-        """Make ready for the KV of a prompt."""
+    def end(self, work: Work) -> None:
+        """Take note that the pass is queued behind `begin`: its K and V can be streamed in stream order."""
+
+    def take(self, message: object) -> None:
+        """Take a message that another rank sent to this rank's mover."""
 
     def look(self) -> float:
         """See what has moved and tell the controller; give the seconds after which to look again, or infinity."""
@@ -38,9 +41,12 @@ class NoMover:
         """Stream nothing."""
         return None
 
-    def expect(self, message: Expect) -> None:
-        """Never happen: only token ranks are told."""
-        raise AssertionError(f"a rank that receives no KV was told {message!r}")
+    def end(self, work: Work) -> None:
+        """Stream nothing."""
+
+    def take(self, message: object) -> None:
+        """Never happen: only ranks that move KV are told."""
+        raise AssertionError(f"unexpected message {message!r}")
 
     def look(self) -> float:
         """See that there is nothing."""
@@ -59,8 +65,9 @@ class SyntheticMover(NoMover):
         self.moved += [admission.serial for admission in work.admissions if admission.handover]
         return None
 
-    def expect(self, message: Expect) -> None:
+    def take(self, message: object) -> None:
         """Take the prompt as received."""
+        assert isinstance(message, Expect), message
         self.channel.send(CONTROLLER, Moved(message.serial))
 
     def look(self) -> float:
@@ -129,8 +136,9 @@ class PromptMover(PoolMover):
 class TokenMover(PoolMover):
     """Receive the KV of each prompt on a token rank. The pool's rows are slots: one for each prompt on its way."""
 
-    def expect(self, message: Expect) -> None:
+    def take(self, message: object) -> None:
         """Post the receives of one prompt."""
+        assert isinstance(message, Expect), message
         taken = {row for _, row in self.pool.places.values()}
         slot = next(row for row in range(self.pool.rows.num_rows) if row not in taken)
         self.pool.admit(message.serial, 0, slot, message.blocks)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from dejavu.engine.handover import Mover
-from dejavu.engine.messages import Admissions, Expect, Release, Sampled, Stop, Work
+from dejavu.engine.messages import Admissions, Release, Sampled, Stop, Work
 from dejavu.engine.scheduler import Scheduler
 from dejavu.transport.mpi import Channel
 
@@ -33,12 +33,10 @@ class Upstream:
                 match item[1]:
                     case Work() as work:
                         return work
-                    case Expect() as message:
-                        self.mover.expect(message)
                     case Stop():
                         return None
-                    case other:
-                        raise AssertionError(f"unexpected message {other!r}")
+                    case message:
+                        self.mover.take(message)
             patience.pause(at_most_s=self.mover.look())
 
 
@@ -74,9 +72,7 @@ class Scheduled:
                     self.scheduler.release(serial)
                 case Sampled() as result:
                     self.scheduler.sampled(result)
-                case Expect() as message:
-                    self.mover.expect(message)
                 case Stop():
                     self.stopped = True
-                case other:
-                    raise AssertionError(f"unexpected message {other!r}")
+                case message:
+                    self.mover.take(message)

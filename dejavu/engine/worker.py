@@ -84,6 +84,7 @@ class Worker:
         hidden = self.receive_hidden(work)
         start_s = self.now_s()
         output = self.stage.forward(self.batch(work), hidden, self.pool, self.mover.begin(work))
+        self.mover.end(work)
         compute_end_s = self.now_s()
         self.sink.put(work, output)
         self.record(work, start_s, compute_end_s)
