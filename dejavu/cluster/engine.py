@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dejavu.engine.controller import Controller
+from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover, NoMover, PromptMover, SyntheticMover, TokenMover
+from dejavu.engine.inlet import HostInlet, Inlet, NoInlet
 from dejavu.engine.messages import Ready, Report
 from dejavu.engine.rows import RowTable
 from dejavu.engine.scheduler import Scheduler
@@ -21,6 +23,7 @@ from dejavu.engine.sink import NextStage, Sampling, Sink, ToLeader
 from dejavu.engine.sizing import CacheSize
 from dejavu.engine.source import Scheduled, Source, Upstream
 from dejavu.engine.text import StreamFactory
+from dejavu.engine.timeline import HostTimeline
 from dejavu.engine.worker import Stage, Worker
 from dejavu.kv.layout import PoolLayout, RowMap
 from dejavu.kv.plan import Resharding
@@ -133,7 +136,7 @@ def run_worker(channel: Channel, setup: EngineSetup) -> None:
         worker = make_worker(site, stage, pool, mover, join_clock(channel))
         meter = CpuMeter()
         worker.run()
-        channel.send(CONTROLLER, Report(worker.steps, meter.read()))
+        channel.send(CONTROLLER, Report(worker.flights.steps, meter.read(), worker.flights.host_s))
 
 
 def threads_per_worker(channel: Channel) -> int:
@@ -270,22 +273,30 @@ def make_worker(site: Site, stage: Stage, pool: Tensor, mover: Mover, clock: Run
         site.setup.spec.eos_token_ids,
         prompts_only=pipeline.role is Role.PROMPT,
     )
-    source: Source = Upstream(site.channel, mover)
+    flights = Flights(site.channel.rank, (pipeline.first_stage + stage_index, tp_rank), clock.now_s)
+    source: Source = Upstream(site.channel, mover, flights)
     if leads_first:
-        source = Scheduled(site.channel, mover, scheduler, clock.now_s)
+        source = Scheduled(site.channel, mover, flights, scheduler, clock.now_s)
     return Worker(
         site.channel,
         stage,
         pool,
+        make_inlet(site, stage),
         source,
         make_sink(site, scheduler, clock),
         mover,
-        previous=None if site.shard.is_first else site.neighbour(-1),
+        flights,
+        HostTimeline(clock.now_s),
         followers=[*peers, *next_rank],
         peers=peers,
-        place=(pipeline.first_stage + stage_index, tp_rank),
-        now_s=clock.now_s,
     )
+
+
+def make_inlet(site: Site, stage: Stage) -> Inlet:
+    """Take hidden states from the stage before."""
+    if site.shard.is_first:
+        return NoInlet()
+    return HostInlet(site.channel, site.neighbour(-1), stage.hidden_size, stage.dtype)
 
 
 def make_sink(site: Site, scheduler: Scheduler, clock: RunClock) -> Sink:

@@ -124,3 +124,4 @@ class Report:
 
     steps: list[StepRecord]
     cpu: CpuUsage
+    host_s: float  # that its thread took for its passes; on a CPU they are computed in it

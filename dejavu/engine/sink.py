@@ -6,8 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dejavu.engine.messages import Admission, Sampled, SampledToken, Work
-from dejavu.model.sampling import RowState, sample
+from dejavu.engine.flight import Finish
+from dejavu.engine.messages import Admission, RowWork, Sampled, SampledToken, Work
+from dejavu.model.sampling import Draw, RowState, start_draw
 from dejavu.model.spec import ModelSpec, Shard
 from dejavu.transport.mpi import Channel
 
@@ -15,8 +16,11 @@ from dejavu.transport.mpi import Channel
 class Sink(Protocol):
     """Take what a stage computed for a pass."""
 
-    def put(self, work: Work, output: Tensor) -> None:
-        """Hand the result on, without waiting for whoever takes it."""
+    def put(self, work: Work, output: Tensor) -> Finish | None:
+        """Hand the result on as far as it goes without waiting, for whoever takes it or for the device.
+
+        Give what is left to do when the compute stream has passed what was queued here, or None.
+        """
 
 
 class NextStage:
@@ -64,15 +68,19 @@ class Sampling:
         self.tell = tell
         self.rows: dict[tuple[int, int], RowState] = {}
 
-    def put(self, work: Work, output: Tensor) -> None:
+    def put(self, work: Work, output: Tensor) -> Finish:
         """Sample a token for every row whose prompt is complete."""
         for admission in work.admissions:
             self.admit(admission)
         due = [row for row in work.rows if row.samples]
         states = [self.rows[work.microbatch, row.row] for row in due]
-        results = sample(self.gather(output), states) if due else []
+        draw = start_draw(self.gather(output), states) if due else None
+        return lambda: self.finish(work, due, states, draw)
+
+    def finish(self, work: Work, due: list[RowWork], states: list[RowState], draw: Draw | None) -> None:
+        """Take the tokens that were drawn, and tell them."""
         tokens = []
-        for row, state, result in zip(due, states, results, strict=True):
+        for row, state, result in zip(due, states, draw.read() if draw else [], strict=True):
             tokens.append(SampledToken(row.serial, len(state.output), result.token_id, result.logprobs))
             state.output.append(result.token_id)
         sampled = Sampled(work.step, work.microbatch, tuple(tokens), self.now_s(), work.start_s)

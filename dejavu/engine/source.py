@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover
 from dejavu.engine.messages import Admissions, Release, Sampled, Stop, Work
 from dejavu.engine.scheduler import Scheduler
@@ -20,14 +21,16 @@ class Source(Protocol):
 class Upstream:
     """Take the passes that another rank hands on."""
 
-    def __init__(self, channel: Channel, mover: Mover) -> None:
+    def __init__(self, channel: Channel, mover: Mover, flights: Flights) -> None:
         self.channel = channel
         self.mover = mover
+        self.flights = flights
 
     def next(self) -> Work | None:
         """Wait for the next pass, as long as it takes."""
         patience = self.channel.patience("work", None)
         self.mover.look()
+        self.flights.look()
         while True:
             while item := self.channel.poll():
                 match item[1]:
@@ -37,15 +40,18 @@ class Upstream:
                         return None
                     case message:
                         self.mover.take(message)
-            patience.pause(at_most_s=self.mover.look())
+            patience.pause(at_most_s=min(self.mover.look(), self.flights.look()))
 
 
 class Scheduled:
     """Decide the passes: from the controller's admissions and the tokens that the last stage sampled."""
 
-    def __init__(self, channel: Channel, mover: Mover, scheduler: Scheduler, now_s: Callable[[], float]) -> None:
+    def __init__(
+        self, channel: Channel, mover: Mover, flights: Flights, scheduler: Scheduler, now_s: Callable[[], float]
+    ) -> None:
         self.channel = channel
         self.mover = mover
+        self.flights = flights
         self.scheduler = scheduler
         self.now_s = now_s
         self.stopped = False
@@ -55,7 +61,7 @@ class Scheduled:
         patience = self.channel.patience("work", None)
         while not self.stopped:
             self.listen()
-            pause_s = self.mover.look()
+            pause_s = min(self.mover.look(), self.flights.look())
             if work := self.scheduler.next_work():
                 return replace(work, start_s=self.now_s())
             patience.pause(at_most_s=pause_s)

@@ -1,16 +1,19 @@
 """The worker: what a rank that holds a part of the model does, pass after pass."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dejavu.engine.flight import Flight, Flights
 from dejavu.engine.handover import Mover
+from dejavu.engine.inlet import Inlet
 from dejavu.engine.messages import Stop, Work
 from dejavu.engine.sink import Sink
 from dejavu.engine.source import Source
-from dejavu.measure.records import StepRecord
+from dejavu.engine.timeline import Timeline
 from dejavu.model.batch import Batch
 from dejavu.transport.mpi import Channel
 
@@ -31,71 +34,67 @@ class Stage(Protocol):
 
 
 class Worker:
-    """Run passes until the source has no more: take, compute, hand on, record."""
+    """Run passes until the source has no more: take, compute, hand on, record.
+
+    On a GPU a step only queues its pass, behind those that are under way; `flights` sees to what is left to do for it.
+    """
 
     def __init__(
         self,
         channel: Channel,
         stage: Stage,
         pool: Tensor,
+        inlet: Inlet,
         source: Source,
         sink: Sink,
         mover: Mover,
+        flights: Flights,
+        timeline: Timeline,
         *,
-        previous: int | None,
         followers: Sequence[int],
         peers: Sequence[int],
-        place: tuple[int, int],
-        now_s: Callable[[], float],
     ) -> None:
-        """Join the parts; hidden states come from rank `previous`.
+        """Join the parts.
 
         `peers` are tensor ranks that get each pass from this one before it computes; `followers` are told the end.
-        `place` is (stage, tensor rank), for the records.
         """
         self.channel = channel
         self.stage = stage
         self.pool = pool
+        self.inlet = inlet
         self.source = source
         self.sink = sink
         self.mover = mover
-        self.previous = previous
+        self.flights = flights
+        self.timeline = timeline
         self.followers = followers
         self.peers = peers
-        self.place = place
-        self.now_s = now_s
         self.blocks: dict[tuple[int, int], list[int]] = {}
-        self.steps: list[StepRecord] = []
 
     @torch.inference_mode()
     def run(self) -> None:
         """Work until the end of the run, then tell those that take their work from here."""
         while work := self.source.next():
             self.step(work)
+        self.flights.drain()
         for rank in self.followers:
             self.channel.send(rank, Stop())
 
     def step(self, work: Work) -> None:
         """Take one pass through this stage."""
+        begun_s = time.monotonic()
         for rank in self.peers:
             self.channel.send(rank, work)
         for admission in work.admissions:
             self.blocks[admission.microbatch, admission.row] = list(admission.blocks)
-        hidden = self.receive_hidden(work)
-        start_s = self.now_s()
+        hidden = self.inlet.take(work)
+        start = self.timeline.mark()
         output = self.stage.forward(self.batch(work), hidden, self.pool, self.mover.begin(work))
         self.mover.end(work)
-        compute_end_s = self.now_s()
-        self.sink.put(work, output)
-        self.record(work, start_s, compute_end_s)
-
-    def receive_hidden(self, work: Work) -> Tensor | None:
-        """Wait for the hidden states of a pass, [num_tokens, hidden_size]; None on the first stage."""
-        if self.previous is None:
-            return None
-        num_tokens = sum(row.num_new for row in work.rows)
-        hidden = torch.empty(num_tokens, self.stage.hidden_size, dtype=self.stage.dtype)
-        return self.channel.receive_tensor(self.previous, hidden)
+        computed = self.timeline.mark()
+        finish = self.sink.put(work, output)
+        self.flights.host_s += time.monotonic() - begun_s
+        self.flights.add(Flight(work, start, computed, self.timeline.mark(), finish))
 
     def batch(self, work: Work) -> Batch:
         """Describe a pass to the model."""
@@ -105,21 +104,4 @@ class Worker:
             context=[row.context for row in work.rows],
             blocks=[self.blocks[work.microbatch, row.row] for row in work.rows],
             logit_rows=[index for index, row in enumerate(work.rows) if row.samples],
-        )
-
-    def record(self, work: Work, start_s: float, compute_end_s: float) -> None:
-        """Note when this pass was here."""
-        num_tokens = sum(row.num_new for row in work.rows)
-        times = start_s, compute_end_s, self.now_s()
-        self.steps.append(
-            StepRecord(
-                self.channel.rank,
-                *self.place,
-                work.microbatch,
-                work.step,
-                work.kind,
-                len(work.rows),
-                num_tokens,
-                *times,
-            )
         )

@@ -13,8 +13,9 @@ vocabulary, while every boundary of a cumulative sum over 50 000 tokens moves.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,19 +63,65 @@ class Sampled:
     logprobs: TokenLogprobs | None = None
 
 
+@dataclass(slots=True)
+class Draw:
+    """Hold tokens that are being drawn: each row's, and what is reported of some rows, in host memory.
+
+    From a GPU they come in stream order: read them when the stream has passed the draw.
+    """
+
+    token_ids: Tensor  # int64 [num_rows]
+    reported: dict[int, int]  # row → the number of likeliest tokens that it asked for
+    logprobs: tuple[Tensor, Tensor, Tensor] | None  # of these rows: the token's, the likeliest ones', and their ids
+
+    def read(self) -> list[Sampled]:
+        """Give each row's token."""
+        reports = dict(zip(self.reported, self._reports(), strict=True)) if self.logprobs else {}
+        return [Sampled(token_id, reports.get(row)) for row, token_id in enumerate(self.token_ids.tolist())]
+
+    def _reports(self) -> Iterator[TokenLogprobs]:
+        assert self.logprobs is not None
+        chosen, values, ids = (part.tolist() for part in self.logprobs)
+        for i, count in enumerate(self.reported.values()):
+            yield TokenLogprobs(chosen[i], tuple(zip(ids[i][:count], values[i][:count], strict=True)))
+
+
 def sample(logits: Tensor, rows: Sequence[RowState]) -> list[Sampled]:
-    """Draw one token per row; `logits` is float32 [num_rows, vocab], read only, on any device.
+    """Draw one token per row and wait for it; arguments as `start_draw`."""
+    draw = start_draw(logits, rows)
+    if logits.is_cuda:
+        torch.cuda.current_stream(logits.device).synchronize()
+    return draw.read()
+
+
+def start_draw(logits: Tensor, rows: Sequence[RowState]) -> Draw:
+    """Begin to draw one token per row; `logits` is float32 [num_rows, vocab], read only.
 
     A row's position is the length of its output. A token that an id in its parameters names must be in the
-    vocabulary. Log-probabilities are those of the raw logits, before any of the module's steps, as vLLM's.
+    vocabulary. Log-probabilities are those of the raw logits, before any of the module's steps, as vLLM's. On a GPU
+    everything is queued on torch's current stream, without waiting for it.
     """
     assert logits.shape[0] == len(rows), f"{logits.shape[0]} rows of logits for {len(rows)} rows"
     if all(row.is_plain for row in rows):
-        return [Sampled(token_id) for token_id in logits.argmax(dim=-1).tolist()]
+        return Draw(download(logits.argmax(dim=-1)), {}, None)
     scores = add_noise(process_logits(logits, rows), rows)
-    token_ids: list[int] = scores.argmax(dim=-1).tolist()
-    reported = _logprobs(logits, rows, token_ids)
-    return [Sampled(token_id, reported.get(index)) for index, token_id in enumerate(token_ids)]
+    token_ids = scores.argmax(dim=-1)
+    reported = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
+    return Draw(download(token_ids), reported, _logprobs(logits, reported, token_ids) if reported else None)
+
+
+def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Give a tensor of some numbers on the device; from pinned memory, since other copies wait for the stream."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def download(tensor: Tensor) -> Tensor:
+    """Give a tensor in host memory, which holds the numbers when the stream has passed this point."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def process_logits(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
@@ -90,7 +137,7 @@ def process_logits(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     drawn = [index for index, row in enumerate(rows) if not row.is_greedy]
     if drawn:
         temperature = [1.0 if row.is_greedy else row.params.temperature for row in rows]
-        scores.div_(torch.tensor(temperature, device=scores.device)[:, None])
+        scores.div_(upload(temperature, scores.device)[:, None])
         _update(scores, [index for index in drawn if rows[index].params.top_k > 0], rows, _keep_top_k)
         _update(scores, [index for index in drawn if rows[index].params.top_p < 1.0], rows, _keep_top_p)
     return scores
@@ -151,15 +198,15 @@ def _update(
     if len(selected) == len(rows):
         scores.copy_(step(scores, rows))
     elif selected:
-        index = torch.tensor(selected, device=scores.device)
+        index = upload(selected, scores.device)
         scores[index] = step(scores[index], [rows[i] for i in selected])
 
 
 def _put(scores: Tensor, row_ids: list[int], token_ids: list[int], values: list[float], accumulate: bool) -> None:
     if not row_ids:
         return
-    where = torch.tensor([row_ids, token_ids], device=scores.device)
-    scores.index_put_((where[0], where[1]), torch.tensor(values, device=scores.device), accumulate=accumulate)
+    where = upload([row_ids, token_ids], scores.device)
+    scores.index_put_((where[0], where[1]), upload(values, scores.device), accumulate=accumulate)
 
 
 def _ban(scores: Tensor, rows: Sequence[RowState]) -> None:
@@ -199,7 +246,7 @@ def _penalize_repetition(scores: Tensor, rows: Sequence[RowState]) -> None:
     if not penalized:
         return
     row_ids, token_ids = _occurrences([(index, rows[index].prompt + rows[index].output) for index in penalized], scores)
-    penalty = torch.tensor([row.params.repetition_penalty for row in rows], device=scores.device)[row_ids]
+    penalty = upload([row.params.repetition_penalty for row in rows], scores.device)[row_ids]
     score = scores[row_ids, token_ids]
     # a token that occurs twice is written twice with the same value, computed from the score before
     scores[row_ids, token_ids] = torch.where(score < 0, score * penalty, score / penalty)
@@ -211,32 +258,35 @@ def _penalize_frequency(scores: Tensor, rows: Sequence[RowState]) -> None:
     penalized = [index for index, penalties in enumerate(per_row) if any(penalties) and rows[index].output]
     if not penalized:
         return
-    row_ids, token_ids = _occurrences([(index, rows[index].output) for index in penalized], scores)
-    flat, counts = torch.unique(row_ids * scores.shape[1] + token_ids, return_counts=True)
-    frequency, presence = torch.tensor(per_row, device=scores.device)[flat // scores.shape[1]].unbind(-1)
-    scores.view(-1)[flat] -= frequency * counts + presence
+    vocab_size = scores.shape[1]
+    places = [index * vocab_size + np.array(rows[index].output, dtype=np.int64) for index in penalized]
+    flat, counts = np.unique(np.concatenate(places), return_counts=True)
+    factors = np.array(per_row, dtype=np.float32)[flat // vocab_size]
+    penalty = factors[:, 0] * counts.astype(np.float32) + factors[:, 1]
+    scores.view(-1)[upload(flat, scores.device)] -= upload(penalty, scores.device)
 
 
 def _occurrences(histories: list[tuple[int, list[int]]], scores: Tensor) -> tuple[Tensor, Tensor]:
     """Give the (row, token) of every token of the histories, as two int64 tensors on the scores' device."""
     row_ids = np.repeat([index for index, _ in histories], [len(tokens) for _, tokens in histories])
     token_ids = np.concatenate([np.array(tokens, dtype=np.int64) for _, tokens in histories])
-    return torch.from_numpy(row_ids).to(scores.device), torch.from_numpy(token_ids).to(scores.device)
+    return upload(row_ids, scores.device), upload(token_ids, scores.device)
 
 
 def _keep_top_k(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Mask what is less likely than each row's k-th token; equals of the k-th stay, as in transformers and vLLM."""
     counts = [min(row.params.top_k, scores.shape[1]) for row in rows]
     largest = scores.topk(max(counts), dim=-1).values
-    threshold = largest.gather(1, torch.tensor(counts, device=scores.device)[:, None] - 1)
+    threshold = largest.gather(1, upload(counts, scores.device)[:, None] - 1)
     return scores.masked_fill(scores < threshold, -math.inf)
 
 
 def _keep_top_p(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Mask all but the likeliest tokens that together reach top_p; equals of the last one stay."""
-    top_p = torch.tensor([row.params.top_p for row in rows], device=scores.device, dtype=torch.float64)[:, None]
+    top_p = upload([row.params.top_p for row in rows], scores.device, torch.float64)[:, None]
     total = scores.double().logsumexp(dim=-1, keepdim=True)
-    largest = scores.topk(min(NUCLEUS_GUESS, scores.shape[1]), dim=-1).values
+    guess = NUCLEUS_GUESS if scores.device.type == "cpu" else scores.shape[1]  # a GPU sorts faster than it is asked
+    largest = scores.topk(min(guess, scores.shape[1]), dim=-1).values
     threshold, covered = _nucleus_threshold(largest, total, top_p)
     if largest.shape[1] < scores.shape[1] and not bool(covered.all()):
         wide = ~covered[:, 0]
@@ -254,7 +304,7 @@ def _nucleus_threshold(largest: Tensor, total: Tensor, top_p: Tensor) -> tuple[T
 
 def _keys(rows: Sequence[RowState], device: torch.device) -> Tensor:
     keys = [draw_key(row.params.seed, len(row.output)) for row in rows]
-    return torch.tensor(keys, dtype=torch.int32, device=device)
+    return upload(keys, device, torch.int32)
 
 
 def _add_noise_everywhere(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
@@ -263,22 +313,21 @@ def _add_noise_everywhere(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
 
 
 def _add_noise_where_kept(scores: Tensor, rows: Sequence[RowState]) -> Tensor:
-    """Hash only the tokens that top-k and top-p left: the noise of a token is the same either way."""
+    """Hash only the tokens that top-k and top-p left: the noise of a token is the same either way.
+
+    A GPU hashes all, sooner than it could tell how many those are.
+    """
+    if scores.device.type != "cpu":
+        return _add_noise_everywhere(scores, rows)
     row_ids, token_ids = (scores > -math.inf).nonzero(as_tuple=True)
     noise = gumbel_noise(_keys(rows, scores.device)[row_ids], token_ids.to(torch.int32))
     return scores.index_put((row_ids, token_ids), noise, accumulate=True)
 
 
-def _logprobs(logits: Tensor, rows: Sequence[RowState], token_ids: list[int]) -> dict[int, TokenLogprobs]:
-    """Report, for each row that asks, its token's and the likeliest tokens' log-probabilities."""
-    asked = [(index, row.params.logprobs) for index, row in enumerate(rows) if row.params.logprobs is not None]
-    if not asked:
-        return {}
-    indices = [index for index, _ in asked]
-    logprobs = logits[indices].log_softmax(dim=-1)
-    chosen = logprobs[range(len(indices)), [token_ids[index] for index in indices]].tolist()
-    values, ids = (part.tolist() for part in logprobs.topk(max(count for _, count in asked), dim=-1))
-    return {
-        index: TokenLogprobs(chosen[i], tuple(zip(ids[i][:count], values[i][:count], strict=True)))
-        for i, (index, count) in enumerate(asked)
-    }
+def _logprobs(logits: Tensor, reported: dict[int, int], token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the log-probabilities of the rows that ask: their tokens', the likeliest ones', and whose those are."""
+    index = upload(list(reported), logits.device)
+    logprobs = logits[index].log_softmax(dim=-1)
+    chosen = logprobs.gather(1, token_ids[index][:, None])[:, 0]
+    values, ids = logprobs.topk(max(reported.values()), dim=-1)
+    return download(chosen), download(values), download(ids)

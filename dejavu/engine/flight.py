@@ -1,0 +1,95 @@
+"""The passes that a stage has taken up and not yet handed on: on a GPU they are only queued, several at a time."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dejavu.engine.messages import Work
+from dejavu.engine.timeline import Mark
+from dejavu.measure.records import StepRecord
+
+SHORTEST_LOOK_S, LONGEST_LOOK_S = 20e-6, 1e-3
+
+Finish = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """Hold a pass that is under way: when `landed` is reached, `finish` does what is left to do for it."""
+
+    work: Work
+    start: Mark
+    computed: Mark
+    landed: Mark
+    finish: Finish | None
+
+
+@dataclass(slots=True)
+class Flights:
+    """Finish and record passes in the order in which they were queued, when the device is done with each.
+
+    `place` is (stage, tensor rank), for the records. Nobody is told when a stream reaches a point, so somebody has to
+    look: seldom at first, and often when a pass has taken about as long as the last one of its kind.
+    """
+
+    rank: int
+    place: tuple[int, int]
+    now_s: Callable[[], float]
+    steps: list[StepRecord] = field(default_factory=list)
+    host_s: float = 0.0  # that this rank's thread took to queue and to finish passes
+    under_way: deque[Flight] = field(default_factory=deque)
+    began_s: float = 0.0  # when the first of them was at its turn
+    usual_s: dict[str, float] = field(default_factory=dict)  # what the last pass of each kind took
+
+    def add(self, flight: Flight) -> None:
+        """Take a pass that was queued, and finish it if it is done already."""
+        if not self.under_way:
+            self.began_s = self.now_s()
+        self.under_way.append(flight)
+        self.look()
+
+    def look(self) -> float:
+        """Finish what is done; give the seconds after which to look again, or infinity."""
+        while self.under_way and self.under_way[0].landed.reached:
+            self.land(self.under_way.popleft())
+        return self.until_next_s() if self.under_way else float("inf")
+
+    def drain(self) -> None:
+        """Wait until everything is done."""
+        while self.under_way:
+            time.sleep(min(LONGEST_LOOK_S, self.look()))
+
+    def until_next_s(self) -> float:
+        """Give half of the time that the next pass has left, or a part of that by which it is late."""
+        left_s = self.began_s + self.usual_s.get(self.under_way[0].work.kind, 0.0) - self.now_s()
+        return min(LONGEST_LOOK_S, max(SHORTEST_LOOK_S, left_s / 2 if left_s > 0 else -left_s / 16))
+
+    def land(self, flight: Flight) -> None:
+        """Finish a pass and note when it was here."""
+        landed_s = self.now_s()
+        self.usual_s[flight.work.kind] = landed_s - self.began_s
+        self.began_s = landed_s
+        if flight.finish:
+            flight.finish()
+        self.record(flight)
+        self.host_s += self.now_s() - landed_s
+
+    def record(self, flight: Flight) -> None:
+        """Note when a pass was here."""
+        work = flight.work
+        flight.landed.settle()
+        self.steps.append(
+            StepRecord(
+                self.rank,
+                *self.place,
+                work.microbatch,
+                work.step,
+                work.kind,
+                len(work.rows),
+                sum(row.num_new for row in work.rows),
+                flight.start.settle(),
+                flight.computed.settle(),
+                self.now_s(),
+            )
+        )
