@@ -37,6 +37,10 @@ class TransferError(DejavuError):
     """Report a transfer that failed or was cancelled."""
 
 
+class DeviceError(DejavuError):
+    """Report a device that is missing, or one that refused a call: names the call, the code and its meaning."""
+
+
 class PeerLostError(DejavuError):
     """Report a rank that died or stopped answering."""
 

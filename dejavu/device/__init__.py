@@ -1,21 +1,26 @@
-"""The devices: streams, events and memory, with one interface and a backend for CPU and CUDA."""
+"""The devices: streams, events and memory, with one interface and a backend for CPU and CUDA.
 
-from typing import Literal
+Each name is imported with its first use, so that the keeper, which is as small as can be, shares this package.
+"""
 
-from dejavu.device.base import (
-    DEFAULT_DEADLINE_S,
-    FLAG_BYTES,
-    IPC_HANDLE_BYTES,
-    Buffer,
-    Device,
-    DeviceError,
-    DeviceProperties,
-    Event,
-    Graph,
-    Location,
-    Stream,
-)
-from dejavu.device.pieces import Pieces, make_pieces, pieces_from
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from dejavu.device.base import (
+        DEFAULT_DEADLINE_S,
+        FLAG_BYTES,
+        IPC_HANDLE_BYTES,
+        Buffer,
+        Device,
+        DeviceError,
+        DeviceProperties,
+        Event,
+        Graph,
+        Location,
+        Stream,
+    )
+    from dejavu.device.pieces import Pieces, make_pieces, pieces_from
 
 __all__ = [
     "DEFAULT_DEADLINE_S",
@@ -36,8 +41,16 @@ __all__ = [
     "pieces_from",
 ]
 
+_PIECES = ("Pieces", "make_pieces", "pieces_from")
 
-def open_device(kind: Literal["cpu", "cuda", "auto"] = "auto", index: int = 0) -> Device:
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'pieces' if name in _PIECES else 'base'}"), name)
+
+
+def open_device(kind: Literal["cpu", "cuda", "auto"] = "auto", index: int = 0) -> "Device":
     """Open a device; "auto" takes CUDA where a device is usable, and the CPU elsewhere.
 
     DeviceError where "cuda" was asked for by name and cannot be had: says what is missing.
@@ -50,7 +63,8 @@ def open_device(kind: Literal["cpu", "cuda", "auto"] = "auto", index: int = 0) -
     return CpuDevice()
 
 
-def _open_cuda(index: int) -> Device:
+def _open_cuda(index: int) -> "Device":
+    from dejavu.device.base import DeviceError
     from dejavu.device.cuda_driver import missing
 
     reason = missing()

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dejavu.device.pieces import Pieces
-from dejavu.errors import CapacityError, DejavuError
+from dejavu.errors import CapacityError
+from dejavu.errors import DeviceError as DeviceError
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,6 @@ FLAG_BYTES = 4
 IPC_HANDLE_BYTES = 64
 DEFAULT_DEADLINE_S = 60.0
 _ADDRESSES = 1 << 62  # more than any address
-
-
-class DeviceError(DejavuError):
-    """Report a device that is missing, or one that refused a call: names the call, the code and its meaning."""
 
 
 class Location(StrEnum):

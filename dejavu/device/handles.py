@@ -12,11 +12,10 @@ import struct
 import tempfile
 from pathlib import Path
 
-from dejavu.device.base import DeviceError
-from dejavu.errors import DeadlineError, PeerLostError
+from dejavu.errors import DeadlineError, DeviceError, PeerLostError
 
 MAX_DESCRIPTORS = 250  # the kernel takes 253 in one message
-MAX_MESSAGE_BYTES = 60_000
+MAX_MESSAGE_BYTES = 1 << 20
 _CREDENTIALS = struct.Struct("3i")  # process, user, group: struct ucred
 _LENGTH = struct.Struct("<II")  # message bytes, descriptors
 
@@ -28,7 +27,7 @@ def private_directory(parent: Path | None = None) -> Path:
 
 def listen(path: Path, backlog: int = 64) -> socket.socket:
     """Give a listening socket of mode 0600 at `path`; DeviceError if its directory is open to other users."""
-    _check_directory(path.parent)
+    check_directory(path.parent)
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         server.bind(str(path))
@@ -133,7 +132,8 @@ def _receive(connection: socket.socket, nbytes: int, fds: list[int]) -> bytes:
     return bytes(received)
 
 
-def _check_directory(directory: Path) -> None:
+def check_directory(directory: Path) -> None:
+    """Raise DeviceError where another user owns a directory, or may look into it."""
     status = directory.stat()
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise DeviceError(f"the directory {directory} is open to other users: make it yours, with mode 0700")
