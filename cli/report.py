@@ -1,0 +1,114 @@
+"""`dejavu report`: pages, tables and pictures of runs."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import rich_click
+
+from dejavu.errors import UsageError
+from dejavu.measure.run_directory import RUNS
+
+if TYPE_CHECKING:
+    from dejavu.measure.report.runs import Run
+
+HELP = """Show runs as a page that opens from disk: one run, or several side by side with ratios.
+
+RUN is a directory that a command wrote, or its name under results/runs. Runs that differ in nothing but the seed count
+as repeats of each other, and get confidence intervals."""
+
+
+@click.command(cls=rich_click.RichCommand, help=HELP)
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--list", "list_runs", is_flag=True, help="List the runs in results/runs, and stop.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write; by default the run's own directory.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the numbers as CSV instead of writing a page.")
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown instead of writing a page.")
+@click.option("--png/--no-png", default=True, help="Write the plots as PNG files beside the page.", show_default=True)
+def command(runs: tuple[Path, ...], list_runs: bool, out: Path | None, as_csv: bool, markdown: bool, png: bool) -> int:
+    """List, print or write."""
+    if list_runs:
+        return show_list()
+    if not runs:
+        raise UsageError("no run was named: give a directory, or see `dejavu report --list`")
+    from dejavu.measure.report.runs import read_runs
+
+    found = read_runs(find(path) for path in runs)
+    if as_csv:
+        return print_csv(found)
+    if markdown:
+        return print_markdown(found)
+    return write(found, out, png)
+
+
+def find(path: Path) -> Path:
+    """Take a directory, or a name under results/runs."""
+    return path if path.exists() or path.is_absolute() else RUNS / path
+
+
+def show_list() -> int:
+    """List the runs of the current directory, newest last."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dejavu.measure.report.runs import find_runs, read_run
+    from dejavu.measure.report.words import sentences
+
+    table = Table("run", "outcome", "what", box=None, padding=(0, 2, 0, 0))
+    for path in find_runs(RUNS):
+        try:
+            run = read_run(path)
+        except UsageError as error:
+            table.add_row(path.name, "unreadable", str(error))
+            continue
+        table.add_row(run.name, run.outcome, " ".join(sentences(run.config, run.description))[:160])
+    if not table.row_count:
+        raise UsageError(f"{RUNS} holds no runs: `dejavu serve demo.yaml` makes one")
+    Console().print(table)
+    return 0
+
+
+def print_csv(runs: "list[Run]") -> int:
+    """Print the comparison's numbers, or one run's summary, as CSV."""
+    from dejavu.measure.report.compare import comparison_rows, group_runs
+
+    rows = comparison_rows(group_runs(runs))
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return 0
+
+
+def print_markdown(runs: "list[Run]") -> int:
+    """Print the tables as Markdown."""
+    from dejavu.measure.report.compare import group_runs
+    from dejavu.measure.report.tables import comparison_table, run_tables
+
+    tables = run_tables(runs[0]) if len(runs) == 1 else [comparison_table(group_runs(runs))]
+    click.echo("\n".join(table.markdown() for table in tables))
+    return 0
+
+
+def write(runs: "list[Run]", out: Path | None, png: bool) -> int:
+    """Write the page and the pictures; the last line is JSON."""
+    from dejavu.measure.report.charts import comparison_figures, run_figures
+    from dejavu.measure.report.compare import group_runs
+    from dejavu.measure.report.figures import to_png
+    from dejavu.measure.report.page import comparison_page, first_runs, run_page
+
+    single = len(runs) == 1
+    directory = out or (runs[0].path if single else RUNS.parent / "reports" / "+".join(run.name for run in runs)[:120])
+    try:
+        (directory / "plots" if png else directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {directory} ({error.strerror}): name a writable one with --out") from None
+    page = directory / "report.html"
+    page.write_text(run_page(runs[0]) if single else comparison_page(runs), encoding="utf-8")
+    figures = run_figures(runs[0]) if single else comparison_figures(first_runs(group_runs(runs)))
+    pictures = [str(to_png(figure, directory / "plots")) for figure in figures] if png else []
+    click.echo(f"Report in {page}")
+    click.echo(json.dumps({"bench": "report", "page": str(page), "pictures": pictures}))
+    return 0

@@ -1,0 +1,1 @@
+"""Reports: what run directories hold, as pages, tables and pictures for people."""
