@@ -60,8 +60,7 @@ class Arrangement:
         """Make the engine's configuration; with `times` stages wait so long instead of computing."""
         shape: dict[str, Any] = {"prompt_chunk": self.chunk}
         if self.prompt_stages:
-            ahead = self.prompt_stages * fixed["microbatch_size"]  # so that every prompt stage always has one
-            shape |= {"prompt_pp": self.prompt_stages, "token_pp": self.stages, "handover_rows": ahead}
+            shape |= {"prompt_pp": self.prompt_stages, "token_pp": self.stages}
         else:
             shape |= {"pp": self.stages, "dp": self.replicas}
         if times:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dejavu.measure.records import RequestRecord, StepRecord
 from dejavu.measure.run_directory import RunDirectory
-from dejavu.measure.summary import idle_fractions, makespan, percentiles
+from dejavu.measure.summary import Limits, idle_fractions, makespan, percentiles
 from dejavu.planning.planner import ADMISSION_S
 from dejavu.planning.setup import Setup
 from dejavu.planning.simulator import simulate
@@ -85,6 +85,7 @@ def make_rows(served: "Served", baseline: "Served", options: "Options") -> Itera
             "throughput_requests_per_s": len(requests) / seconds,
             "throughput_tokens_per_s": sum(request.output_tokens for request in requests) / seconds,
             "makespan_s": seconds,
+            "goodput_requests_per_s": options.limits.count(requests) / seconds,
             **latencies(requests),
             **idleness(served, workload),
             **handovers(served, requests),
@@ -116,11 +117,13 @@ def idleness(served: "Served", workload: "Workload") -> Row:
 
 
 def handovers(served: "Served", requests: Sequence[RequestRecord]) -> Row:
-    """Give the times from prompts' ends to first token steps, ms; none where nothing is handed over."""
-    if not served.arrangement.prompt_stages:
-        return {"p50_handover_ms": None, "p95_handover_ms": None}
-    found = percentiles(request.handover_s for request in requests)
-    return {"p50_handover_ms": 1e3 * found.p50, "p95_handover_ms": 1e3 * found.p95}
+    """Give what hand-overs left exposed, and then the wait for a token row, ms; none where nothing is handed over."""
+    row: Row = {}
+    for name in ("handover", "row_wait"):
+        found = percentiles(getattr(request, f"{name}_s") for request in requests)
+        for part in ("p50", "p95"):
+            row[f"{part}_{name}_ms"] = 1e3 * getattr(found, part) if served.arrangement.prompt_stages else None
+    return row
 
 
 def predictions(served: "Served", workload: "Workload", measured: float, times: Times | None) -> Row:
@@ -152,7 +155,7 @@ def fitted_setup(served: "Served", workload: "Workload", times: Times | None) ->
     cache_s = 0.0
     if arrangement.prompt_stages:
         back_s = passes[0].hop_s if arrangement.prompt_stages > 1 else 0.0
-        cache_s = max(0.0, shortest_handover(workload) - admission_s - back_s)
+        cache_s = max(0.0, shortest_wait(workload) - admission_s - back_s)
     overhead_ms = None
     if times:
         asked = times.token_s / arrangement.stages
@@ -160,11 +163,11 @@ def fitted_setup(served: "Served", workload: "Workload", times: Times | None) ->
     return arrangement.simulated(served.config, passes, admission_s, cache_s), overhead_ms
 
 
-def shortest_handover(workload: "Workload") -> float:
-    """Give the time of a hand-over that waited for no row."""
+def shortest_wait(workload: "Workload") -> float:
+    """Give the time from a prompt's end to the first token step of a request that waited for no row."""
     import numpy as np
 
-    found = [c.handover_s for c in workload.completions if c.handover_s == c.handover_s]
+    found = [c.token_start_s - c.first_token_s for c in workload.completions if c.was_handed_over]
     return float(np.percentile(found, HANDOVER_ALONE)) if found else 0.0
 
 
@@ -187,7 +190,7 @@ def moved(step: StepRecord, start_s: float) -> StepRecord:
 
 def shifted(request: RequestRecord, start_s: float) -> RequestRecord:
     """Count a request's moments from `start_s`."""
-    names = ("arrival_s", "admitted_s", "first_token_s", "token_start_s", "finish_s")
+    names = ("arrival_s", "admitted_s", "first_token_s", "kv_arrived_s", "token_start_s", "finish_s")
     return replace(request, **{name: getattr(request, name) - start_s for name in names})
 
 
@@ -195,13 +198,14 @@ def verdicts(rows: Sequence[Row], served: Sequence["Served"], options: "Options"
     """Say in words where disaggregation wins and loses, and what shorter prompts would make of it."""
     for workload in served[0].workloads:
         beside = [row for row in rows if row["rate"] == (workload.rate or None)]
-        yield compare(beside, f"at {workload.rate:g} requests/s" if workload.rate else "all at once")
+        when = f"at {workload.rate:g} requests/s" if workload.rate else "all at once"
+        yield compare(beside, when, options.limits if options.limits != Limits() else None)
     if options.times:
         yield shorter_prompts(served, options.times)
 
 
-def compare(rows: Sequence[Row], when: str) -> str:
-    """Say how disaggregation does beside the others in one workload."""
+def compare(rows: Sequence[Row], when: str, limits: Limits | None = None) -> str:
+    """Say how disaggregation does beside the others in one workload; with limits, by goodput too."""
     *others, split = rows
     best = max(others, key=lambda row: row["throughput_requests_per_s"])
     gain = split["throughput_requests_per_s"] / best["throughput_requests_per_s"]
@@ -209,7 +213,13 @@ def compare(rows: Sequence[Row], when: str) -> str:
     before_ms, after_ms = (1e3 * row["p50_normalized_latency_s"] for row in (others[0], split))
     latency = f"median latency per token {before_ms:.3g} ms colocated, {after_ms:.3g} ms disaggregated"
     beside = "" if best is others[0] else f"; {verb(gain, 'the best colocated layout, ' + best['arrangement'])}"
-    return f"{when}: disaggregation {base}{beside}; {latency}"
+    return f"{when}: disaggregation {base}{beside}; {latency}{compare_goodput(rows) if limits else ''}"
+
+
+def compare_goodput(rows: Sequence[Row]) -> str:
+    """Say how much of each arrangement's throughput keeps the limits."""
+    good = ", ".join(f"{row['arrangement']} {row['goodput_requests_per_s']:.3g}" for row in rows)
+    return f"; requests/s within the limits: {good}"
 
 
 def verb(gain: float, name: str) -> str:

@@ -8,14 +8,15 @@ that are not. The closed form knows nothing of overheads; the simulator is told 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from click.core import ParameterSource
 
-from dejavu.config import ServeConfig
+from dejavu.config import ServeConfig, make_config
 from dejavu.errors import UsageError
+from dejavu.measure.summary import Limits
 from dejavu.planning.lengths import Lengths
 from dejavu.request import Completion, Request, SamplingParams
 from dejavu.topology import CONTROLLER
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 0.0  # the rate of requests that all arrive together
 LEAD_S = 0.02  # from a workload's submission to its first arrival
+OWN = {"pp", "dp", "prompt_pp", "token_pp", "prompt_chunk", "workload", "row_len", "rate", "out", "name"}
 SPREAD = 0.6  # of the logarithm of output lengths: a choice between equal lengths and the long tail of chats
 
 
@@ -55,12 +57,14 @@ class Options:
     seed: int
     transport: str
     threads: int
+    limits: Limits = field(default_factory=Limits)
+    more: dict[str, Any] = field(default_factory=dict)  # further keys of the engine's configuration
 
     @property
     def fixed(self) -> dict[str, Any]:
         """Give what all arrangements share."""
         shared = ("model", "dtype", "microbatch_size", "num_requests", "prompt_len", "output_len", "seed", "threads")
-        values = {name: getattr(self, name) for name in (*shared, "transport")}
+        values = {name: getattr(self, name) for name in (*shared, "transport")} | self.more
         if self.times:
             return values | {"load_format": "dummy", "max_prompt_tokens": self.prompt_len}  # one prompt in a pass
         return values
@@ -96,7 +100,7 @@ class Served:
         return [step for step in self.steps if workload.start_s <= step.start_s <= workload.end_s]
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--workers", default=4, show_default=True, type=click.IntRange(2), help="Ranks to share out.")
 @click.option("--split", metavar="P,T", help="Prompt and token stages  [default: by the paper's closed form]")
 @click.option("--dp", default=2, show_default=True, type=click.IntRange(1), help="Pipelines side by side.")
@@ -113,10 +117,16 @@ class Served:
 @click.option("--outputs", type=click.Choice(["lmsys", "fixed"]), default="lmsys", help="Log-normal, or all the same.")
 @click.option("--rates", default="5,10", show_default=True, help="Requests per second, beside all at once; or none.")
 @click.option("--seed", default=0, show_default=True, help="Of lengths, prompts and arrivals.")
+@click.option("--ttft", type=click.FloatRange(0, min_open=True), help="Limit for the goodput: ms to the first token.")
+@click.option("--tpot", type=click.FloatRange(0, min_open=True), help="Limit for the goodput: ms per later token.")
 @click.option("--out", help="The run directory.")
+@click.argument("serve_options", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def command(context: click.Context, /, out: str | None, **given: Any) -> int:
-    """Serve prompts and tokens in one pipeline and in two, on the same ranks."""
+    """Serve prompts and tokens in one pipeline and in two, on the same ranks.
+
+    Further options of `dejavu serve`, such as --load-format dummy, are handed on.
+    """
     synthetic = context.get_parameter_source("synthetic") is not ParameterSource.DEFAULT
     options = make_options(given, synthetic=synthetic or not given["model"])
     return run_ranks(context, options.workers + 1, "disaggregation", out, lambda: run_rank(options, given, out))
@@ -133,14 +143,31 @@ def make_options(given: dict[str, Any], *, synthetic: bool) -> Options:
     if synthetic and len(pair) not in (0, 2):
         raise UsageError(f"--synthetic has {len(pair)} numbers: give PROMPT_MS,TOKEN_MS such as 200,20, or none")
     chunk = given["chunk"] or max(2, given["prompt_len"] // 4)
-    kept = {name: value for name, value in given.items() if name not in ("chunk", "rates", "model", "synthetic")}
+    read = ("chunk", "rates", "model", "synthetic", "ttft", "tpot", "serve_options")
+    kept = {name: value for name, value in given.items() if name not in read}
     return Options(
         times=Times(pair[0] / 1e3, pair[1] / 1e3) if pair else None,
         model=given["model"] or ("gpt2" if pair else "demo"),
         chunk=chunk,
         rates=(AT_ONCE, *numbers(given["rates"], "--rates")),
+        limits=Limits.of_ms(given["ttft"], given["tpot"]),
+        more=further_keys(given["serve_options"]),
         **kept,
     )
+
+
+def further_keys(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read options of `dejavu serve`; raise UsageError for what is none, or what the arrangements differ in."""
+    words = [part for argument in arguments for part in argument.split("=", 1)]
+    if len(words) % 2 or any(not name.startswith("--") for name in words[::2]):
+        raise UsageError(f"{' '.join(arguments)!r} is no list of options: write --name value, as for `dejavu serve`")
+    keys = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=True)
+    }
+    if own := [name for name in keys if name in OWN]:
+        raise UsageError(f"--{own[0].replace('_', '-')} is what the arrangements differ in, or share: leave it out")
+    make_config(keys)
+    return keys
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

@@ -24,6 +24,8 @@ OWN_METAVARS = {
     "out": "DIR",
     "name": "NAME",
     "rate": "PER_S",
+    "ttft": "MS",
+    "tpot": "MS",
     "stall_timeout": "SECONDS",
 }
 

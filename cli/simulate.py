@@ -60,7 +60,7 @@ SWEEP_COLUMNS = {
 @click.option("--max-prompt-tokens", type=int, default=8192, show_default=True, help="Most prompt tokens of a pass.")
 @click.option("--admit-ms", type=float, default=0.5, show_default=True, help="Until stage 0 hears of a request's row.")
 @click.option("--prompt-batch", type=int, help="Rows of a prompt microbatch; by default --batch.")
-@click.option("--prompt-ahead", type=int, help="Requests that the token side has memory for beyond its rows. [a batch]")
+@click.option("--prompt-ahead", type=int, help="Requests that the token side holds beyond its rows. [all prompt rows]")
 @click.option("--hop-ms", type=float, default=0.0, show_default=True, help="Time from one stage to the next.")
 @click.option("--swap-bytes", type=float, help="Swap: KV bytes per token and row in one stage.")
 @click.option("--host-gbps", type=float, default=25.0, show_default=True, help="Host link that swapping uses, GB/s.")
@@ -170,7 +170,7 @@ def make_setup(options: dict[str, Any]) -> Any:
         own = same | {"microbatches": 0, "rows": prompt_rows}
         prompt = PipelineSetup(options["prompt_stages"], times, "prompt", **own)
         pipelines = (prompt, PipelineSetup(options["token_stages"], times, "token", swap=swap, **same))
-        ahead = prompt_rows if options["prompt_ahead"] is None else options["prompt_ahead"]
+        ahead = prompt.num_rows if options["prompt_ahead"] is None else options["prompt_ahead"]
     else:
         pipelines, ahead = (PipelineSetup(options["stages"], times, swap=swap, **same),) * options["replicas"], None
     delays = {"cache_s": options["cache_ms"] / 1e3, "admission_s": options["admit_ms"] / 1e3}

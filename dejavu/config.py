@@ -84,7 +84,10 @@ class ServeConfig(BaseModel):
         0, "Disaggregation", "Rows of a prompt microbatch; 0 is --microbatch-size.", ge=0
     )
     handover_rows: int = option(
-        0, "Disaggregation", "Requests whose KV may wait on the token side for a row; 0 is a prompt microbatch.", ge=0
+        0,
+        "Disaggregation",
+        "Requests whose KV may wait on the token side for a row; 0 is as many as fill the prompt side.",
+        ge=0,
     )
     transport: Literal["mpi", "ipc", "tcp", "rma"] = option(
         "ipc", "Disaggregation", "What carries KV from the prompt stages to the token stages."
@@ -127,6 +130,12 @@ class ServeConfig(BaseModel):
     name: str = option("serve", "Run", "Name of the run, part of its directory.", pattern=r"^[\w.-]+$")
     hostfile: str | None = option(None, "Run", "Hosts for mpirun, one a line: NAME slots=N.")
     progress: bool = option(True, "Run", "Show progress while serving.")
+    ttft: float | None = option(
+        None, "Run", "Limit of the time to the first token, ms: the summary counts who meets it as goodput.", gt=0
+    )
+    tpot: float | None = option(
+        None, "Run", "Limit of the mean time per later token, ms: the summary counts who meets it as goodput.", gt=0
+    )
     stall_timeout: float = option(
         60.0, "Run", "Seconds without any progress after which the run ends with an error.", gt=0
     )
@@ -185,10 +194,13 @@ class ServeConfig(BaseModel):
 
     @property
     def num_handover_rows(self) -> int:
-        """Give the number of requests whose KV may wait on the token side for a row."""
+        """Give the number of requests whose KV may wait on the token side for a row.
+
+        With fewer than the prompt side's rows, its stages stand idle while the token side is full.
+        """
         if not self.is_disaggregated:
             return 0
-        return self.handover_rows or self.prompt_microbatch_size or self.microbatch_size
+        return self.handover_rows or self.pipeline_shapes[0].num_rows
 
     @property
     def num_workers(self) -> int:

@@ -67,13 +67,24 @@ class Completion:
     finish_reason: FinishReason | None = None
     admitted_s: float = float("nan")
     first_token_s: float = float("nan")
+    kv_arrived_s: float = float("nan")  # when the token pipeline had all of its KV; never where nothing is handed over
     token_start_s: float = float("nan")  # when the pass for the second token began
     finish_s: float = float("nan")
 
     @property
     def handover_s(self) -> float:
-        """Give the time from the first token to the start of the first token step: what a hand-over leaves exposed."""
-        return self.token_start_s - self.first_token_s
+        """Give the time from the first token to the KV's arrival: what a hand-over leaves exposed; NaN without one."""
+        return max(0.0, self.kv_arrived_s - self.first_token_s) if self.was_handed_over else float("nan")
+
+    @property
+    def row_wait_s(self) -> float:
+        """Give the time from a hand-over's end to the first token step: waiting for a row; NaN without a hand-over."""
+        return self.token_start_s - max(self.kv_arrived_s, self.first_token_s) if self.was_handed_over else float("nan")
+
+    @property
+    def was_handed_over(self) -> bool:
+        """Tell whether the request's KV has come from a prompt pipeline to a token pipeline."""
+        return self.kv_arrived_s == self.kv_arrived_s
 
     @property
     def ttft_s(self) -> float:

@@ -16,7 +16,7 @@ from dejavu.errors import UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
 from dejavu.measure.records import RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
-from dejavu.measure.summary import Summary
+from dejavu.measure.summary import Limits, Summary
 from dejavu.request import Completion
 from dejavu.topology import CONTROLLER, Topology
 from dejavu.transport.mpi import Channel
@@ -148,6 +148,7 @@ def write_results(directory: RunDirectory, job: Job, completions: list[Completio
         rank_names=names,
         num_stages=setup.topology.num_stages,
         peak_kv_bytes=max(n * cache.block_bytes for n, cache in zip(outcome.peak_blocks, setup.caches, strict=True)),
+        limits=Limits.of_ms(setup.config.ttft, setup.config.tpot),
     )
     write_csv(directory.path / "ranks.csv", rank_records(setup.topology, outcome), RankRecord)
     directory.write_status({**(directory.read_status() or {}), "state": "done"})

@@ -141,7 +141,7 @@ class Controller:
                 case Sampled():
                     events += self.take_tokens(message)
                 case Moved(serial):
-                    self.seating.moved(rank, serial)
+                    self.take_moved(rank, serial)
                 case Report():
                     self.reports[rank] = message
                 case Ready():
@@ -150,6 +150,11 @@ class Controller:
                     raise AssertionError(f"unexpected message {other!r}")
         self.seat()
         return events
+
+    def take_moved(self, rank: int, serial: int) -> None:
+        """Take note that a rank has done its part of a hand-over, and when the last piece was there."""
+        if self.seating.moved(rank, serial) and serial in self.running:
+            self.running[serial].completion.kv_arrived_s = self.clock.now_s()
 
     def until_next_arrival_s(self) -> float:
         """Give the time until the next scheduled request, at least a little."""

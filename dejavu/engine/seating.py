@@ -54,8 +54,8 @@ class Seating(Protocol):
     def first_token(self, serial: int, token_id: int) -> None:
         """Take note of a request's first token."""
 
-    def moved(self, rank: int, serial: int) -> None:
-        """Take note that a rank has done its part of a hand-over."""
+    def moved(self, rank: int, serial: int) -> bool:
+        """Take note that a rank has done its part of a hand-over; tell whether all KV has now arrived."""
 
     def end(self, serial: int) -> None:
         """Free what a request holds, as soon as nobody uses it any more."""
@@ -88,7 +88,7 @@ class Colocated:
     def first_token(self, serial: int, token_id: int) -> None:
         """Do nothing: the request stays where it is."""
 
-    def moved(self, rank: int, serial: int) -> None:
+    def moved(self, rank: int, serial: int) -> bool:
         """Nothing is ever handed over."""
         raise AssertionError(f"rank {rank} reports a hand-over of {serial}")
 
@@ -167,12 +167,14 @@ class Disaggregated:
         self.handovers[serial].first_token = token_id
         self.advance(serial)
 
-    def moved(self, rank: int, serial: int) -> None:
-        """Note that a rank has sent, or has, all its part."""
+    def moved(self, rank: int, serial: int) -> bool:
+        """Note that a rank has sent, or has, all its part; tell whether that was the last piece to arrive."""
         handover = self.handovers[serial]
+        is_last = handover.receiving == {rank}
         handover.sending.discard(rank)
         handover.receiving.discard(rank)
         self.advance(serial)
+        return is_last
 
     def end(self, serial: int) -> None:
         """Free a request's token row, or let its hand-over run out first."""

@@ -52,12 +52,14 @@ class RequestRecord:
     arrival_s: float
     admitted_s: float
     first_token_s: float
+    kv_arrived_s: float
     token_start_s: float
     finish_s: float
     ttft_s: float
     tpot_s: float
     normalized_latency_s: float
     handover_s: float
+    row_wait_s: float
     finish_reason: FinishReason | None
 
     @classmethod
@@ -70,12 +72,14 @@ class RequestRecord:
             arrival_s=completion.request.arrival_s,
             admitted_s=completion.admitted_s,
             first_token_s=completion.first_token_s,
+            kv_arrived_s=completion.kv_arrived_s,
             token_start_s=completion.token_start_s,
             finish_s=completion.finish_s,
             ttft_s=completion.ttft_s,
             tpot_s=completion.tpot_s,
             normalized_latency_s=completion.normalized_latency_s,
             handover_s=completion.handover_s,
+            row_wait_s=completion.row_wait_s,
             finish_reason=completion.finish_reason,
         )
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dejavu.measure.summary import LATENCIES, Percentiles, Summary
+from dejavu.measure.summary import HANDOVERS, LATENCIES, Percentiles, Summary
 from dejavu.request import Completion
 
 if TYPE_CHECKING:
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 MOST_OUTPUTS = 12
 LONGEST_OUTPUT = 150  # characters: two lines or so
-TITLES = dict(zip(LATENCIES, ("time to first token", "time per later token", "latency per output token"), strict=True))
+TITLES = {
+    **dict(zip(LATENCIES, ("time to first token", "time per later token", "latency per output token"), strict=True)),
+    **dict(zip(HANDOVERS, ("exposed hand-over of KV", "wait for a token row"), strict=True)),
+}
 
 
 def render_summary(summary: Summary) -> "RenderableType":
@@ -30,7 +33,9 @@ def render_summary(summary: Summary) -> "RenderableType":
     for percentile in Percentiles._fields:
         latencies.add_column(percentile, justify="right", min_width=9, no_wrap=True)
     for key, name in TITLES.items():
-        latencies.add_row(name, *map(format_seconds, summary.latencies[key]))
+        measured = summary.latencies[key]
+        if key in LATENCIES or measured.p50 == measured.p50:
+            latencies.add_row(name, *map(format_seconds, measured))
     return Group(latencies, facts)
 
 
@@ -61,13 +66,15 @@ def one_line(text: str, most: int = LONGEST_OUTPUT) -> str:
 def summary_facts(summary: Summary) -> list[tuple[str, str]]:
     """Give the named lines of the drawn summary, in order."""
     cancelled = f", {summary.cancelled_requests} cancelled" if summary.cancelled_requests else ""
+    good = f", {format_number(summary.goodput_requests_per_s)} within limits"
     idle = "  ".join(f"{stage}:{format_percent(part)}" for stage, part in enumerate(summary.stage_idle_fractions))
     return [
         ("requests", f"{summary.requests}{cancelled} in {format_seconds(summary.makespan_s)}"),
         ("tokens", f"{summary.prompt_tokens} prompt, {summary.output_tokens} output"),
         (
             "throughput",
-            f"{format_number(summary.tokens_per_s)} tokens/s, {format_number(summary.requests_per_s)} requests/s",
+            f"{format_number(summary.tokens_per_s)} tokens/s, {format_number(summary.requests_per_s)} requests/s"
+            + (good if summary.good_requests < summary.requests else ""),
         ),
         ("idle by stage", idle),
         ("peak KV", format_bytes(summary.peak_kv_bytes)),

@@ -14,7 +14,7 @@ import yaml
 from dejavu.errors import ConfigError, UsageError
 from dejavu.measure.files import replacing
 from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord, write_csv, write_table
-from dejavu.measure.summary import Summary, summarize
+from dejavu.measure.summary import Limits, Summary, summarize
 from dejavu.measure.trace import write_trace
 from dejavu.request import Completion, TokenLogprobs
 
@@ -96,10 +96,11 @@ class RunDirectory:
         rank_names: Mapping[int, str],
         num_stages: int,
         peak_kv_bytes: int,
+        limits: Limits | None = None,
     ) -> Summary:
         """Write outputs, requests, steps, transfers (where there are any), summary and trace; give the summary."""
         requests = [RequestRecord.from_completion(completion) for completion in completions]
-        summary = summarize(requests, steps, num_stages, peak_kv_bytes)
+        summary = summarize(requests, steps, num_stages, peak_kv_bytes, limits)
         self.write_outputs(completions)
         write_csv(self.path / "requests.csv", requests, RequestRecord)
         write_csv(self.path / "steps.csv", steps, StepRecord)

@@ -1,5 +1,6 @@
 """Sum a run up in one row: throughput, latency percentiles, how long each stage stood idle."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dejavu.request import FinishReason
 
 NAN = float("nan")
 LATENCIES = ("ttft_s", "tpot_s", "normalized_latency_s")
+HANDOVERS = ("handover_s", "row_wait_s")
 
 
 class Percentiles(NamedTuple):
@@ -24,20 +26,38 @@ class Percentiles(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """Say what a request has to keep to count as goodput, in seconds."""
+
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+
+    @classmethod
+    def of_ms(cls, ttft_ms: float | None, tpot_ms: float | None) -> "Limits":
+        """Take limits in ms, where there are any."""
+        return cls(*(math.inf if limit is None else limit / 1e3 for limit in (ttft_ms, tpot_ms)))
+
+    def count(self, requests: Iterable[RequestRecord]) -> int:
+        """Count the requests that keep both limits; one of a single token has no time per later one to keep."""
+        return sum(r.ttft_s <= self.ttft_s and not r.tpot_s > self.tpot_s for r in requests)
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """Sum up a run.
 
     The makespan reaches from the first scheduled arrival to the last token. Requests and latencies are those of
     requests that ran to their end (stop or length); the tokens are all that were made, cancelled requests' too, and
-    the prompt tokens those of requests that got a first token.
+    the prompt tokens those of requests that got a first token. Good requests ran to their end within the limits.
     """
 
     requests: int
+    good_requests: int
     cancelled_requests: int
     prompt_tokens: int
     output_tokens: int
     makespan_s: float
-    latencies: dict[str, Percentiles]  # one for each of LATENCIES
+    latencies: dict[str, Percentiles]  # one for each of LATENCIES and HANDOVERS
     stage_idle_fractions: tuple[float, ...]
     peak_kv_bytes: int
 
@@ -47,6 +67,11 @@ class Summary:
         return self.requests / self.makespan_s if self.makespan_s > 0 else NAN
 
     @property
+    def goodput_requests_per_s(self) -> float:
+        """Give the rate of requests that kept the limits; NaN for an empty run."""
+        return self.good_requests / self.makespan_s if self.makespan_s > 0 else NAN
+
+    @property
     def tokens_per_s(self) -> float:
         """Give the rate of output tokens; NaN for an empty run."""
         return self.output_tokens / self.makespan_s if self.makespan_s > 0 else NAN
@@ -54,7 +79,7 @@ class Summary:
     def row(self) -> dict[str, int | float]:
         """Give the columns of summary.csv, in order."""
         counts = ("requests", "cancelled_requests", "prompt_tokens", "output_tokens")
-        rates = ("makespan_s", "requests_per_s", "tokens_per_s")
+        rates = ("makespan_s", "requests_per_s", "goodput_requests_per_s", "tokens_per_s")
         return {
             **{name: getattr(self, name) for name in (*counts, *rates)},
             **{f"{p}_{name}": value for name, at in self.latencies.items() for p, value in at._asdict().items()},
@@ -64,17 +89,22 @@ class Summary:
 
 
 def summarize(
-    requests: Sequence[RequestRecord], steps: Sequence[StepRecord], num_stages: int, peak_kv_bytes: int
+    requests: Sequence[RequestRecord],
+    steps: Sequence[StepRecord],
+    num_stages: int,
+    peak_kv_bytes: int,
+    limits: Limits | None = None,
 ) -> Summary:
-    """Sum a run up; an empty run has zero counts and NaN for what has no meaning."""
+    """Sum a run up; an empty run has zero counts and NaN for what has no meaning. Without limits all are good."""
     ended = [r for r in requests if r.finish_reason not in (None, FinishReason.CANCELLED)]
     return Summary(
         requests=len(ended),
+        good_requests=(limits or Limits()).count(ended),
         cancelled_requests=sum(r.finish_reason is FinishReason.CANCELLED for r in requests),
         prompt_tokens=sum(r.prompt_tokens for r in requests if r.output_tokens),
         output_tokens=sum(r.output_tokens for r in requests),
         makespan_s=makespan(requests),
-        latencies={name: percentiles([getattr(r, name) for r in ended]) for name in LATENCIES},
+        latencies={name: percentiles([getattr(r, name) for r in ended]) for name in (*LATENCIES, *HANDOVERS)},
         stage_idle_fractions=tuple(idle_fractions(steps, num_stages)),
         peak_kv_bytes=peak_kv_bytes,
     )

@@ -361,6 +361,5 @@ def serve_profile(layout: Layout, model: str | None = None) -> dict[str, Any]:
     keys: dict[str, Any] = {} if model is None else {"model": model}
     keys |= {"tp": layout.tp, "microbatch_size": layout.batch}
     if layout.prompt_stages:
-        stages = {"prompt_pp": layout.prompt_stages, "token_pp": layout.stages}
-        return keys | stages | {"handover_rows": layout.handover_rows}
+        return keys | {"prompt_pp": layout.prompt_stages, "token_pp": layout.stages}
     return keys | {"pp": layout.stages} | ({"dp": layout.replicas} if layout.replicas > 1 else {})

@@ -63,6 +63,11 @@ class PipelineSetup:
         return self.microbatches or self.stages
 
     @property
+    def num_rows(self) -> int:
+        """Give the number of requests that can be in the pipeline at once."""
+        return self.num_microbatches * self.rows
+
+    @property
     def return_s(self) -> float:
         """Give the time from the last stage to the first; nothing where that is the same one."""
         return self.hop_s if self.stages > 1 else 0.0

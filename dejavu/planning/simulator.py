@@ -30,6 +30,7 @@ class Result:
     requests: tuple[Lengths, ...]
     admitted_s: Floats
     first_token_s: Floats
+    kv_arrived_s: Floats  # when the token pipeline had the prompt's KV; NaN where nothing is handed over
     token_start_s: Floats  # when the pass for the second token began; NaN where there is none
     finish_s: Floats
     stage_busy_s: tuple[tuple[float, ...], ...]  # by pipeline and stage
@@ -91,11 +92,12 @@ class Result:
 
     def request_records(self) -> list[RequestRecord]:
         """Give the rows of requests.csv."""
-        names = ("admitted_s", "first_token_s", "token_start_s", "finish_s", "ttft_s", "tpot_s")
+        names = ("admitted_s", "first_token_s", "kv_arrived_s", "token_start_s", "finish_s", "ttft_s", "tpot_s")
         columns = {name: getattr(self, name).tolist() for name in names}
         columns |= {
             "normalized_latency_s": self.latency_per_token_s.tolist(),
-            "handover_s": (self.token_start_s - self.first_token_s).tolist(),
+            "handover_s": (self.kv_arrived_s - self.first_token_s).tolist(),
+            "row_wait_s": (self.token_start_s - self.kv_arrived_s).tolist(),
         }
         return [
             RequestRecord(
@@ -174,6 +176,7 @@ class Simulation:
         self.now_s = 0.0
         self.admitted_s = [NAN] * len(requests)
         self.first_token_s = [NAN] * len(requests)
+        self.kv_arrived_s = [NAN] * len(requests)
         self.token_start_s = [NAN] * len(requests)
         self.finish_s = [NAN] * len(requests)
         self.num_reserved = 0  # requests that hold memory of the token side
@@ -249,12 +252,18 @@ class Simulation:
                 self.finish_s[job.request] = time_s - pipeline.return_s
                 self.num_reserved -= job.reserves
             elif pipeline.setup.role == "prompt":
-                self.tokens.add(time_s + self.setup.cache_s, job)
+                self.hand_over(time_s + self.setup.cache_s, job)
             else:
                 continue
             pipeline.num_seated -= 1
             self.pool_of[id(pipeline)].num_free += 1
         pipeline.done.clear()
+
+    def hand_over(self, time_s: float, job: Job) -> None:
+        """Let a request wait for a token row from `time_s` on, when its KV has arrived."""
+        self.tokens.add(time_s, job)
+        if self.kv_arrived_s[job.request] != self.kv_arrived_s[job.request]:
+            self.kv_arrived_s[job.request] = time_s
 
     def horizon_s(self, pipeline: Pipeline) -> float:
         """Give the time before which no request can come into a pipeline."""
@@ -283,6 +292,7 @@ class Simulation:
             requests=self.requests,
             admitted_s=np.array(self.admitted_s),
             first_token_s=np.array(self.first_token_s),
+            kv_arrived_s=np.array(self.kv_arrived_s),
             token_start_s=np.array(self.token_start_s),
             finish_s=np.array(self.finish_s),
             stage_busy_s=tuple(busy_s(pipeline) for pipeline in self.pipelines),

@@ -21,13 +21,14 @@ from dejavu.benchmarks.comparison import compare, count_wrong
 from dejavu.benchmarks.disaggregation import Workload, make_options, output_lengths
 from dejavu.benchmarks.passes import PassTimes, fit_admission, fit_passes
 from dejavu.errors import UsageError
+from dejavu.measure.summary import Limits
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.simulator import simulate
 from dejavu.request import Completion, Request
 
 GIVEN = {"workers": 4, "split": None, "dp": 2, "chunk": None, "synthetic": "200,20", "model": None, "dtype": "float32"}
 GIVEN |= {"threads": 1, "transport": "ipc", "microbatch_size": 1, "num_requests": 24, "prompt_len": 64, "seed": 3}
-GIVEN |= {"output_len": 10, "outputs": "lmsys", "rates": "5,10"}
+GIVEN |= {"output_len": 10, "outputs": "lmsys", "rates": "5,10", "ttft": None, "tpot": None, "serve_options": ""}
 
 
 def options(**changes):
@@ -103,14 +104,33 @@ def test_other_tokens_are_counted():
     assert count_wrong(replace(workload, completions=other), workload) == 2
 
 
+def test_options_of_serve_are_handed_on():
+    given = options(serve_options=("--load-format", "dummy", "--kv-memory=512M"), ttft=250.0)
+    assert given.more == {"load_format": "dummy", "kv_memory": "512M"}
+    assert given.limits == Limits(ttft_s=0.25)
+    for arrangement in [*colocated_arrangements(4, 2, 16), disaggregated((1, 3))]:
+        assert arrangement.config(given.fixed, given.times).kv_memory == 512 << 20
+    for line, message in {"--pp 3": "--pp is what", "--kv-memroy 3": "kv_memory", "x": "is no list of options"}.items():
+        with pytest.raises(UsageError, match=message):
+            options(serve_options=tuple(line.split()))
+
+
 def test_a_loss_is_said():
     rows = [
-        {"arrangement": name, "throughput_requests_per_s": rate, "p50_normalized_latency_s": 1.0, "speedup": rate / 4}
+        {
+            "arrangement": name,
+            "throughput_requests_per_s": rate,
+            "goodput_requests_per_s": rate / 2,
+            "p50_normalized_latency_s": 1.0,
+            "speedup": rate / 4,
+        }
         for name, rate in (("colocated", 4.0), ("chunked", 5.0), ("disaggregated", 3.0))
     ]
     said = compare(rows, "all at once")
     assert "loses to the colocated pipeline (0.75 times" in said
     assert "loses to the best colocated layout, chunked (0.60 times" in said
+    assert "within the limits" not in said
+    assert "within the limits: colocated 2, chunked 2.5, disaggregated 1.5" in compare(rows, "all", Limits(1.0))
 
 
 def test_all_arrangements_serve_the_same_tokens(tmp_path):
@@ -125,7 +145,9 @@ def test_all_arrangements_serve_the_same_tokens(tmp_path):
     assert [(row["arrangement"], row["rate"]) for row in rows] == [(a, r) for a in arrangements for r in (None, 40.0)]
     assert all(row["same_tokens"] and row["wrong"] == 0 and row["requests"] == 4 for row in rows)
     assert all(0 < row["idle_mean"] <= row["idle_max"] < 1 for row in rows)
-    assert all((row["p95_handover_ms"] is not None) == (row["arrangement"] == "disaggregated") for row in rows)
+    for name in ("p95_handover_ms", "p95_row_wait_ms"):
+        assert all((row[name] is not None) == (row["arrangement"] == "disaggregated") for row in rows)
+    assert all(row["goodput_requests_per_s"] == pytest.approx(row["throughput_requests_per_s"]) for row in rows)
     assert all(row["speedup"] == 1 for row in rows if row["arrangement"] == "colocated")
     assert all(abs(row["simulated_difference_percent"]) < 40 for row in rows)  # a tiny run on a busy machine
     assert len(result["verdicts"]) == 3

@@ -127,9 +127,9 @@ def test_requests_take_token_rows_in_the_order_in_which_they_are_complete():
     seating.tell()
     for n in (1, 0, 2):
         seating.first_token(n, 9)
-        for rank in (*PROMPT_RANKS, *TOKEN_RANKS):
-            seating.moved(rank, n)
-            ranks.moves.remove((rank, n))
+        arrived = [seating.moved(rank, n) for rank in (*PROMPT_RANKS, *TOKEN_RANKS)]
+        assert arrived == [False] * (len(arrived) - 1) + [True]
+        ranks.moves = [move for move in ranks.moves if move[1] != n]
     for ended in (1, 0, 2):
         seating.tell()
         assert list(ranks.generating) == [ended]

@@ -66,15 +66,16 @@ def test_rows_come_back_bit_for_bit(tmp_path_factory, written):
 def test_request_row_of_a_completion(tmp_path):
     request = Request("q", prompt_token_ids=(5, 6, 7), arrival_s=1.0)
     done = Completion(request, [1, 2, 3, 4, 5], finish_reason=FinishReason.LENGTH)
-    done.admitted_s, done.first_token_s, done.token_start_s, done.finish_s = 1.25, 2.0, 2.25, 4.0
+    done.admitted_s, done.first_token_s, done.token_start_s, done.finish_s = 1.25, 2.0, 2.5, 4.0
+    done.kv_arrived_s = 2.125
     waiting = Completion(Request("w", (1,), arrival_s=3.5))
     path = tmp_path / "requests.csv"
     write_csv(path, [RequestRecord.from_completion(each) for each in (done, waiting)], RequestRecord)
     assert path.read_text() == (
-        "request_id,prompt_tokens,output_tokens,arrival_s,admitted_s,first_token_s,token_start_s,finish_s,"
-        "ttft_s,tpot_s,normalized_latency_s,handover_s,finish_reason\n"
-        "q,3,5,1.0,1.25,2.0,2.25,4.0,1.0,0.5,0.6,0.25,length\n"
-        "w,1,0,3.5,,,,,,,,,\n"
+        "request_id,prompt_tokens,output_tokens,arrival_s,admitted_s,first_token_s,kv_arrived_s,token_start_s,finish_s,"
+        "ttft_s,tpot_s,normalized_latency_s,handover_s,row_wait_s,finish_reason\n"
+        "q,3,5,1.0,1.25,2.0,2.125,2.5,4.0,1.0,0.5,0.6,0.125,0.375,length\n"
+        "w,1,0,3.5,,,,,,,,,,,\n"
     )
     assert read_csv(path, RequestRecord)[0] == RequestRecord.from_completion(done)
 

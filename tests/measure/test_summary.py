@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dejavu.measure.records import RequestRecord, StepRecord
 from dejavu.measure.render import format_bytes, format_number, format_seconds, render_summary
-from dejavu.measure.summary import idle_fractions, percentiles, summarize
+from dejavu.measure.summary import Limits, idle_fractions, percentiles, summarize
 from dejavu.request import Completion, FinishReason, Request
 
 
@@ -50,6 +50,7 @@ def test_a_run_worked_out_by_hand():
             "output_tokens": 10,
             "makespan_s": 8.0,
             "requests_per_s": 3 / 8,
+            "goodput_requests_per_s": 3 / 8,
             "tokens_per_s": 10 / 8,
             "p50_ttft_s": 2.0,
             "p95_ttft_s": 2.9,
@@ -60,12 +61,39 @@ def test_a_run_worked_out_by_hand():
             "p50_normalized_latency_s": 2.0,
             "p95_normalized_latency_s": 2 + 0.9 / 3,
             "p99_normalized_latency_s": 2 + 0.98 / 3,
+            **{f"{p}_{name}": math.nan for name in ("handover_s", "row_wait_s") for p in ("p50", "p95", "p99")},
             "stage0_idle_fraction": 0.5,
             "stage1_idle_fraction": 0.75,
             "peak_kv_bytes": 4096,
-        }
+        },
+        nan_ok=True,
     )
     assert list(row)[-3:] == ["stage0_idle_fraction", "stage1_idle_fraction", "peak_kv_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "good"),
+    [(Limits(), 3), (Limits(ttft_s=2.0), 2), (Limits(tpot_s=1.0), 2), (Limits(2.5, 0.5), 1), (Limits(0.5), 0)],
+)
+def test_goodput_counts_who_keeps_both_limits(limits, good):
+    summary = summarize(REQUESTS, [], 2, 0, limits)
+    assert summary.row()["goodput_requests_per_s"] == good / 8
+    assert ("within limits" in draw(summary, 120)) == (good < 3)
+
+
+def test_limits_are_given_in_ms():
+    assert Limits.of_ms(250.0, None) == Limits(0.25, math.inf)
+
+
+def test_a_hand_over_ends_when_the_kv_is_there():
+    late, early = (Completion(Request("q", (1,)), [0, 0], finish_reason=FinishReason.LENGTH) for _ in range(2))
+    for done, arrived_s in ((late, 2.25), (early, 1.5)):
+        done.first_token_s, done.kv_arrived_s, done.token_start_s = 2.0, arrived_s, 3.0
+    assert (late.handover_s, late.row_wait_s) == (0.25, 0.75)
+    assert (early.handover_s, early.row_wait_s) == (0.0, 1.0)
+    summary = summarize([RequestRecord.from_completion(late)], [], 1, 0)
+    assert summary.latencies["handover_s"].p95 == 0.25
+    assert "hand-over" in draw(summary)
 
 
 @pytest.mark.parametrize("requests", [[], [request(4, 8.0, math.nan, math.nan, 0, None)]])

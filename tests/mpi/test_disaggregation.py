@@ -72,6 +72,7 @@ def test_same_as_transformers(world, reference_of, combination):
     assert [c.finish_reason for c in completions] == list(reference.reasons)
     handed_over = [c for c in completions if len(c.token_ids) > 1]
     assert all(c.first_token_s <= c.token_start_s <= c.finish_s for c in handed_over)
+    assert all(c.was_handed_over and c.handover_s >= 0 and c.row_wait_s >= 0 for c in handed_over)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

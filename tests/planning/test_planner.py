@@ -128,7 +128,7 @@ def test_plans_are_profiles_that_serve_takes():
         prompt_devices = sum(shape.pp * shape.tp for shape in shapes if shape.role == "prompt")
         assert prompt_devices == layout.prompt_devices
         assert len(shapes) == layout.replicas + (layout.prompt_stages > 0)
-        assert config.num_handover_rows == layout.handover_rows
+        assert config.num_handover_rows == layout.handover_rows  # what both take where nobody says
 
 
 def test_no_profile_swaps():
