@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "Work out which split of the machine serves a workload best.",
     "simulate": "Simulate pipelines, swapping and failures without running a model.",
     "trace": "Make or describe a workload trace.",
+    "top": "Watch a run while it serves.",
     "report": "Show runs as a page, side by side where there are several.",
     "bench": "Measure one part, and check what it computed.",
     "doctor": "Say what this machine can do, and what is missing.",

@@ -1,0 +1,54 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from dejavu.measure.top import bar, draw_status
+
+STATUS = {
+    "state": "serving",
+    "requests_total": 8,
+    "requests_done": 2,
+    "requests_running": 4,
+    "requests_waiting": 2,
+    "tokens_out": 120,
+    "elapsed_s": 3.25,
+    "rows": 4,
+    "busy_rows": 4,
+}
+
+
+def drawn(status, rate=40.0):
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(draw_status("a-run", status, rate))
+    return console.export_text()
+
+
+def test_what_is_there_is_shown():
+    text = drawn(STATUS | {"stages": {"token 0": 0.5}, "kv_blocks": {"token": (3, 12)}})
+    assert "a-run: serving, 3.2 s" in text
+    assert "2 of 8 done, 4 running, 2 waiting" in text
+    assert "120, 40.0 a second" in text
+    assert "█" * 15 + "░" * 15 + " 50% busy" in text
+    assert "3 of 12 blocks" in text
+
+
+def test_what_a_run_does_not_use_is_not_shown():
+    text = drawn(STATUS)
+    assert not any(word in text for word in ("swaps", "replication", "failure", "KV"))
+
+
+def test_failures_are_told_in_words():
+    text = drawn(STATUS | {"failures": ["rank 3 died", "rank 5 takes over"], "replication": {"lag_steps": 2}})
+    assert "rank 3 died" in text
+    assert "rank 5 takes over" in text
+    assert "2 steps behind" in text
+
+
+def test_empty_status_is_a_start():
+    assert "starting" in drawn({}, 0.0)
+
+
+@pytest.mark.parametrize(("value", "whole", "filled"), [(0, 0, 0), (1, 2, 15), (5, 2, 30), (-1, 2, 0)])
+def test_bar_is_bounded(value, whole, filled):
+    assert bar(value, whole) == "█" * filled + "░" * (30 - filled)
