@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 import rich_click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 
 from dejavu.cluster.progress import TokenRate, read_status
@@ -57,6 +57,6 @@ def has_ended(directory: RunDirectory) -> bool:
     return directory.read_result() is not None or read_status(directory).state in ENDED
 
 
-def draw(directory: RunDirectory, rate: TokenRate) -> object:
+def draw(directory: RunDirectory, rate: TokenRate) -> RenderableType:
     """Draw the newest status."""
     return draw_status(directory.path.name, directory.read_status() or {}, rate.update(read_status(directory)))
