@@ -50,12 +50,6 @@ class Arrangement:
             return "prompt", "token"
         return tuple("both" for _ in range(self.replicas))
 
-    def chunked(self, times: Times, prompt_len: int) -> Times:
-        """Give the times of passes: one with a chunk in it takes its part of a prompt, but never less than a step."""
-        if not self.chunk:
-            return times
-        return Times(max(times.token_s, times.prompt_s * min(1.0, self.chunk / prompt_len)), times.token_s)
-
     def config(self, fixed: dict[str, Any], times: Times | None) -> ServeConfig:
         """Make the engine's configuration; with `times` stages wait so long instead of computing."""
         shape: dict[str, Any] = {"prompt_chunk": self.chunk}
@@ -64,19 +58,19 @@ class Arrangement:
         else:
             shape |= {"pp": self.stages, "dp": self.replicas}
         if times:
-            passes = self.chunked(times, fixed["prompt_len"])
-            prompt_s = passes.prompt_s / (self.prompt_stages or self.stages)
-            shape["synthetic"] = (1e3 * prompt_s, 1e3 * passes.token_s / self.stages)
+            prompt_s = times.prompt_s / (self.prompt_stages or self.stages)
+            shape["synthetic"] = (1e3 * prompt_s, 1e3 * times.token_s / self.stages)
         return make_config({**fixed, **shape})
 
     def simulated(
         self, config: ServeConfig, passes: Sequence[PassTimes], admission_s: float, cache_s: float = 0.0
     ) -> Setup:
-        """Describe the arrangement to the simulator, with the times of each pipeline's passes."""
+        """Describe the arrangement to the simulator, with the times of each pipeline's passes, chunks' included."""
+        chunks = -(-config.prompt_len // self.chunk) if self.chunk else 1
         pipelines = tuple(
             PipelineSetup(
                 depth,
-                FixedTimes(times.prompt_s, times.token_s),
+                FixedTimes(times.prompt_s * chunks, times.token_s),
                 role,
                 rows=config.microbatch_size,
                 prompt_chunk=config.prompt_chunk,

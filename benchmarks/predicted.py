@@ -83,8 +83,13 @@ class Overheads:
     admission_s: float = 0.0
     gap_s: float = 0.0
 
-    def with_passes(self, steps: Sequence[StepRecord], times_ms: tuple[float, float]) -> "Overheads":
-        """Take the time of passes from other records, where these have passes of a kind."""
+    def with_passes(
+        self, steps: Sequence[StepRecord], times_ms: tuple[float, float], *, chunked: bool = False
+    ) -> "Overheads":
+        """Take the time of passes from other records, where these have passes of a kind.
+
+        Passes with `chunked` prompts last as long as their chunks: they are taken to need what token steps need.
+        """
         prompts = [step for step in steps if step.kind != "token"]
         tokens = [step for step in steps if step.kind == "token"]
         prompt_s, token_s = self.prompt_s, self.token_s
@@ -92,7 +97,7 @@ class Overheads:
             prompt_s = max(0.0, own_s(prompts) + self.gap_s - times_ms[0] / 1e3)
         if tokens:
             token_s = max(0.0, own_s(tokens) + self.gap_s - times_ms[1] / 1e3)
-        return replace(self, prompt_s=prompt_s, token_s=token_s)
+        return replace(self, prompt_s=token_s if chunked else prompt_s, token_s=token_s)
 
     @classmethod
     def average(cls, measured: Sequence["Overheads"]) -> "Overheads":
@@ -123,7 +128,7 @@ def simulated(config: ServeConfig, overheads: Overheads) -> Setup:
     """Describe a configuration to the simulator."""
     assert config.synthetic is not None
     prompt_ms, token_ms = config.synthetic
-    times = FixedTimes(prompt_ms / 1e3 + overheads.prompt_s, token_ms / 1e3 + overheads.token_s)
+    times = FixedTimes(prompt_ms / 1e3, token_ms / 1e3 + overheads.token_s, overheads.prompt_s)
     return Setup(
         tuple(pipeline(config, shape, times, overheads.hop_s) for shape in config.pipeline_shapes),
         admission_s=overheads.admission_s,

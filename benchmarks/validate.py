@@ -141,8 +141,9 @@ def lead(channel: "Channel", settings: Settings, options: dict[str, Any], out: s
     rows: list[Row] = []
     requests: list[Row] = []
     for case, served in zip(settings.cases, all_served, strict=True):
-        own = overheads.with_passes(served.steps, settings.times_ms)
-        result = predict(case.config(settings.times_ms), settings.draw(case), own)
+        config = case.config(settings.times_ms)
+        own = overheads.with_passes(served.steps, settings.times_ms, chunked=config.prompt_chunk > 0)
+        result = predict(config, settings.draw(case), own)
         rows.append(make_row(case, served, result, own))
         requests += compare_requests(case, result, served.completions)
     write_table(directory.path / "requests.csv", list(requests[0]), [list(each.values()) for each in requests])

@@ -65,6 +65,7 @@ class RowWork:
     context: int
     is_prompt: bool
     samples: bool  # the last new token's logits give the next token
+    prompt_len: int  # tokens of the whole prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,12 @@ class Work:
         if num_prompts == 0:
             return "token"
         return "prompt" if num_prompts == len(self.rows) else "mixed"
+
+    @property
+    def prompt_share(self) -> float:
+        """Give the part that this pass processes of the prompts of its rows; 1 where no row has a prompt."""
+        prompts = [row for row in self.rows if row.is_prompt]
+        return sum(row.num_new for row in prompts) / sum(row.prompt_len for row in prompts) if prompts else 1.0
 
 
 @dataclass(frozen=True, slots=True)

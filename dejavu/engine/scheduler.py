@@ -146,7 +146,8 @@ def advance(progress: RowProgress, num_new: int) -> RowWork:
     admission = progress.admission
     is_prompt = progress.prompt_left > 0
     samples = progress.prompt_left <= num_new
-    work = RowWork(admission.serial, admission.row, num_new, progress.context, is_prompt, samples)
+    prompt_len = len(admission.request.prompt_token_ids)
+    work = RowWork(admission.serial, admission.row, num_new, progress.context, is_prompt, samples, prompt_len)
     progress.context += num_new
     progress.is_new = False
     return work

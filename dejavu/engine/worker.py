@@ -104,4 +104,5 @@ class Worker:
             context=[row.context for row in work.rows],
             blocks=[self.blocks[work.microbatch, row.row] for row in work.rows],
             logit_rows=[index for index, row in enumerate(work.rows) if row.samples],
+            prompt_share=work.prompt_share,
         )

@@ -23,6 +23,7 @@ class Batch:
     context: list[int]
     blocks: list[list[int]]
     logit_rows: list[int]
+    prompt_share: float = 1.0  # of the prompts of the rows that process one, the part that is in this pass
 
     @property
     def num_rows(self) -> int:

@@ -11,8 +11,9 @@ from dejavu.model.spec import Shard
 
 
 class SyntheticStage:
-    """Take `prompt_ms` for a pass with a prompt in it and `token_ms` for any other, on this stage, without a core.
+    """Take `prompt_ms` for a pass of prompts and `token_ms` for one of token steps, on this stage, without a core.
 
+    A pass with chunks of prompts takes the chunks' part of `prompt_ms`, and at least `token_ms` with token steps in it.
     The hidden state of a token is its id. The next token is a hash of the last token and its position, so that a
     mistake in the order of tokens, rows or positions shows in the output.
     """
@@ -30,10 +31,15 @@ class SyntheticStage:
         self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None = None
     ) -> Tensor:
         """Wait; give the token ids as hidden states [num_tokens, 1], or logits [logit rows, vocabulary part]."""
-        is_prompt = any(new > 1 or before == 0 for new, before in zip(batch.num_new, batch.context, strict=True))
-        time.sleep(self.prompt_s if is_prompt else self.token_s)
+        time.sleep(self.pass_s(batch))
         tokens = batch.token_ids.float()[:, None] if hidden is None else hidden
         return self.logits(batch, tokens) if self.shard.is_last else tokens
+
+    def pass_s(self, batch: Batch) -> float:
+        """Give the time of a pass."""
+        prompts = [new > 1 or before == 0 for new, before in zip(batch.num_new, batch.context, strict=True)]
+        seconds = self.prompt_s * batch.prompt_share if any(prompts) else 0.0
+        return seconds if all(prompts) else max(seconds, self.token_s)
 
     def logits(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Give logits with one peak in each row, at the hash of its last token and position."""

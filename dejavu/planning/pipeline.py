@@ -211,7 +211,8 @@ class Pipeline:
         seconds = 0.0
         if microbatch.prompting:
             num_tokens = sum([tokens for _, tokens in microbatch.prompting])
-            seconds = times.prompt_s(num_tokens, len(microbatch.prompting))
+            whole = sum([job.context for job, _ in microbatch.prompting])
+            seconds = times.prompt_s(num_tokens, len(microbatch.prompting), num_tokens / whole)
         return max(seconds, self.step_s(microbatch)) if microbatch.stepping else seconds
 
     def fetch_s(self, microbatch: Microbatch) -> float:

@@ -81,7 +81,7 @@ class ScaledTimes:
         """Tell that every token step takes the same time."""
         return True
 
-    def prompt_s(self, num_tokens: int, num_rows: int) -> float:
+    def prompt_s(self, num_tokens: int, num_rows: int, share: float = 1.0) -> float:
         """Give the time of a prompt pass."""
         return self.prompt_s_per_token * num_tokens / self.parts
 

@@ -170,7 +170,7 @@ class ProfileTimes:
         self.prompts: dict[tuple[int, int], float] = {}
         self.tokens: dict[tuple[int, int], float] = {}
 
-    def prompt_s(self, num_tokens: int, num_rows: int) -> float:
+    def prompt_s(self, num_tokens: int, num_rows: int, share: float = 1.0) -> float:
         """Give the time of a pass with `num_tokens` prompt tokens of `num_rows` requests."""
         key = num_tokens, num_rows
         if key not in self.prompts:

@@ -30,9 +30,9 @@ class AverageSteps:
         """Tell that every token step takes the same time."""
         return True
 
-    def prompt_s(self, num_tokens: int, num_rows: int) -> float:
+    def prompt_s(self, num_tokens: int, num_rows: int, share: float = 1.0) -> float:
         """Give the time of a prompt pass."""
-        return self.times.prompt_s(num_tokens, num_rows)
+        return self.times.prompt_s(num_tokens, num_rows, share)
 
     def token_s(self, num_rows: int, context: float) -> float:
         """Give the time of a token step."""

@@ -17,8 +17,8 @@ class StageTimes(Protocol):
     def steps_alike(self) -> bool:
         """Tell whether every token step takes the same time, whatever its rows and context."""
 
-    def prompt_s(self, num_tokens: int, num_rows: int) -> float:
-        """Give the time of a pass with `num_tokens` prompt tokens of `num_rows` requests."""
+    def prompt_s(self, num_tokens: int, num_rows: int, share: float = 1.0) -> float:
+        """Give the time of a pass with `num_tokens` prompt tokens of `num_rows` requests, a share of their prompts."""
 
     def token_s(self, num_rows: int, context: float) -> float:
         """Give the time of a token step of `num_rows` requests with a mean of `context` tokens in the cache."""
@@ -26,13 +26,17 @@ class StageTimes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FixedTimes:
-    """Take the same time for every pass of a kind, as `dejavu serve --synthetic` does."""
+    """Take the same time for every pass of a kind, as `dejavu serve --synthetic` does; of a chunk, its share.
+
+    `prompt_overhead` comes on top of a pass with prompts, whatever its share.
+    """
 
     prompt: float
     token: float
+    prompt_overhead: float = 0.0
 
     def __post_init__(self) -> None:
-        check_times(prompt_ms=1e3 * self.prompt, token_ms=1e3 * self.token)
+        check_times(prompt_ms=1e3 * self.prompt, token_ms=1e3 * self.token, overhead_ms=1e3 * self.prompt_overhead)
 
     @property
     def context_step(self) -> int:
@@ -44,9 +48,9 @@ class FixedTimes:
         """Tell that every token step takes the same time."""
         return True
 
-    def prompt_s(self, num_tokens: int, num_rows: int) -> float:
+    def prompt_s(self, num_tokens: int, num_rows: int, share: float = 1.0) -> float:
         """Give the time of any pass with a prompt in it."""
-        return self.prompt
+        return self.prompt * share + self.prompt_overhead
 
     def token_s(self, num_rows: int, context: float) -> float:
         """Give the time of any token step."""

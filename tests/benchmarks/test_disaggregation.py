@@ -44,7 +44,7 @@ def test_closed_forms_are_what_the_simulator_gives_without_overhead(prompt_s, sp
     known = 0
     for arrangement in [*colocated_arrangements(4, 2, 16), disaggregated(split)]:
         config = arrangement.config(given.fixed, times)
-        passes = [arrangement.chunked(times, 64).part(depth) for depth in arrangement.depths]
+        passes = [times.part(depth) for depth in arrangement.depths]
         simulated_s = simulate(arrangement.simulated(config, passes, 0.0), requests).makespan_s
         closed_s = closed_form_makespan(arrangement, rows, requests, times)
         known += closed_s is not None

@@ -184,7 +184,7 @@ class GrowingTimes:
     steps_alike = False
     context_step = 16
 
-    def prompt_s(self, num_tokens, num_rows):
+    def prompt_s(self, num_tokens, num_rows, share):
         return 0.01 + 0.0031623 * num_tokens
 
     def token_s(self, num_rows, context):
