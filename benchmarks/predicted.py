@@ -106,10 +106,17 @@ class Overheads:
 
 
 def draw_requests(case: Case, times_ms: tuple[float, float], count: int, seed: int) -> list[Lengths]:
-    """Draw a case's requests; the first one arrives at START_S."""
+    """Draw a case's requests; the first one arrives at START_S.
+
+    Outputs differ in length as far as they can. Where two equal requests side by side in two pipelines end in the same
+    moment, it is a matter of microseconds which pipeline gets the next one, and nobody could predict that.
+    """
     generator = np.random.default_rng(seed)
     prompts = generator.integers(*case.prompts, count).tolist()
-    outputs = generator.integers(*OUTPUTS, count).tolist()
+    lengths = range(*OUTPUTS)
+    outputs = np.concatenate([generator.permutation(lengths) for _ in range(-(-count // len(lengths)))])[
+        :count
+    ].tolist()
     requests = [Lengths(prompt, output, START_S) for prompt, output in zip(prompts, outputs, strict=True)]
     if not case.load:
         return requests
