@@ -1,6 +1,7 @@
 """`dejavu serve`: start a job outside mpirun, be a rank of it inside."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -49,12 +50,13 @@ def be_rank(config: ServeConfig) -> int:
 
 def show(config: ServeConfig, arguments: list[str]) -> int:
     """Print the rank table and the mpirun line; reads a model's shape, never its weights."""
+    from dejavu.cluster.job import device_names
     from dejavu.cluster.jobs import plan_launch, show_line
     from dejavu.model.resolve import resolve_model
 
     console = Console()
     topology = build_topology(config, resolve_model(config.model, "dummy").spec, required_ranks(config))
-    console.print(rank_table(topology))
+    console.print(rank_table(topology, device_names(config)))
     show_line(console, plan_launch(required_ranks(config), arguments, console, hostfile=config.hostfile))
     return 0
 
@@ -75,14 +77,15 @@ def start(config: ServeConfig, arguments: list[str]) -> int:
     )
 
 
-def rank_table(topology: Topology) -> Table:
-    """Lay out which rank does what."""
-    table = Table("rank", "role", "stage", "layers", "tensor rank", title="Ranks", title_justify="left")
+def rank_table(topology: Topology, devices: Sequence[str]) -> Table:
+    """Lay out which rank does what, and on which of this host's devices, taken in turn."""
+    table = Table("rank", "role", "stage", "layers", "tensor rank", "device", title="Ranks", title_justify="left")
     for placement in topology.placements:
         shard = placement.shard
         cells = [str(placement.rank), placement.role.value]
         if shard:
             layers = f"{shard.first_layer}-{shard.last_layer - 1}"
             cells += [str(placement.stage), layers, f"{shard.tp_rank} of {shard.tp_size}"]
+            cells += [devices[(placement.rank - 1) % len(devices)]]
         table.add_row(*cells)
     return table

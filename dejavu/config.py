@@ -74,6 +74,9 @@ class ServeConfig(BaseModel):
     layers_per_stage: Annotated[tuple[Count, ...], BeforeValidator(parse_numbers)] | None = option(
         None, "Parallelism", "Layers of each stage, such as 8,11,11; even by default."
     )
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Parallelism", "What workers compute on; `auto` takes CUDA where the first host has it, else the CPU."
+    )
     threads: int = option(0, "Parallelism", "CPU threads of each worker; 0 shares this host's cores.", ge=0)
 
     prompt_pp: int = option(0, "Disaggregation", "Stages of a pipeline for prompts alone; goes with --token-pp.", ge=0)
@@ -89,8 +92,8 @@ class ServeConfig(BaseModel):
         "Requests whose KV may wait on the token side for a row; 0 is as many as fill the prompt side.",
         ge=0,
     )
-    transport: Literal["mpi", "ipc", "tcp", "rma"] = option(
-        "ipc", "Disaggregation", "What carries KV from the prompt stages to the token stages."
+    transport: Literal["mpi", "ipc", "tcp", "rma", "nccl"] = option(
+        "ipc", "Disaggregation", "What carries KV from the prompt stages to the token stages; `nccl` between GPUs."
     )
     stream_level: Literal["naive", "buffered", "layered"] = option(
         "layered", "Disaggregation", "Stream a prompt's KV piece by piece, packed at its end, or layer by layer."
@@ -103,7 +106,9 @@ class ServeConfig(BaseModel):
         0, "Scheduling", "Cut prompts into chunks of so many tokens, run with token steps; 0 runs whole prompts.", ge=0
     )
     max_prompt_tokens: Count = option(8192, "Scheduling", "Most prompt tokens of one pass; a longer prompt goes alone.")
-    block_size: int = option(0, "Scheduling", "Tokens of a KV block; 0 is a whole row on a CPU.", ge=0)
+    block_size: int = option(
+        0, "Scheduling", "Tokens of a KV block; 0 is a whole row on a CPU, 32 tokens on a GPU.", ge=0
+    )
     kv_memory: Bytes | None = option(
         None, "Scheduling", "KV memory of one worker, such as 512M; by default enough for every row.", ge=1
     )

@@ -2,29 +2,34 @@
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from dejavu.cluster.accelerator import claim_memory, enter_device, share_memory
+from dejavu.device import Device
 from dejavu.engine.controller import Controller
 from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover, NoMover, PromptMover, SyntheticMover, TokenMover
-from dejavu.engine.inlet import HostInlet, Inlet, NoInlet
+from dejavu.engine.inlet import HostInlet, Inlet, NoInlet, StagedInlet
+from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
 from dejavu.engine.messages import Ready, Report
 from dejavu.engine.rows import RowTable
 from dejavu.engine.scheduler import Scheduler
 from dejavu.engine.seating import Colocated, Disaggregated, Lane, Seating, peak_blocks
 from dejavu.engine.setup import EngineSetup
-from dejavu.engine.sink import NextStage, Sampling, Sink, ToLeader
+from dejavu.engine.sink import NextStage, Sampling, Sink, StagedNextStage, ToLeader, ToSum
 from dejavu.engine.sizing import CacheSize
 from dejavu.engine.source import Scheduled, Source, Upstream
 from dejavu.engine.text import StreamFactory
-from dejavu.engine.timeline import HostTimeline
+from dejavu.engine.timeline import DeviceTimeline, HostTimeline, Timeline
 from dejavu.engine.worker import Stage, Worker
+from dejavu.errors import CapacityError
 from dejavu.kv.layout import PoolLayout, RowMap
 from dejavu.kv.plan import Resharding
 from dejavu.kv.pool import KVPool
@@ -38,6 +43,7 @@ from dejavu.transport.mpi import Channel
 
 LOAD_DEADLINE_S = 1800.0
 CLOCK_SAMPLES = 10
+AllReduce = Callable[[Tensor], None]
 Result = TypeVar("Result")
 
 
@@ -58,15 +64,19 @@ def run_controller(
     setup: EngineSetup,
     drive: Callable[[Controller], Result],
     make_stream: StreamFactory | None = None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> tuple[Result, Outcome]:
     """Serve from rank 0: wait for the workers, let `drive` use the controller, end the run.
 
-    Every other rank of the channel has to call `run_worker` with the same setup.
+    Every other rank of the channel has to call `run_worker` with the same setup. `announce` is told how each GPU's
+    memory is shared out, before `drive` is called; CapacityError where not all rows fit.
     """
     workers = [placement.rank for placement in setup.topology.workers]
     workers_comm(channel, setup)
     seating = make_seating(channel, setup)
     controller = Controller(channel, seating, setup.spec.eos_token_ids, make_stream, setup.config.stall_timeout)
+    for line in share_memory(channel, setup, workers, LOAD_DEADLINE_S):
+        announce(line)
     controller.wait_ready(workers, LOAD_DEADLINE_S)
     controller.clock = share_clock(channel, workers)
     meter = CpuMeter()
@@ -125,18 +135,33 @@ def workers_comm(channel: Channel, setup: EngineSetup) -> Any:
 
 def run_worker(channel: Channel, setup: EngineSetup) -> None:
     """Take this rank's place in its pipeline until the run ends."""
-    site = Site(channel, setup, setup.topology.placements[channel.rank])
+    placement = setup.topology.placements[channel.rank]
     comm = workers_comm(channel, setup)
     started = time.monotonic()
     torch.set_num_threads(setup.config.threads or threads_per_worker(channel))
-    stage = make_stage(site)
-    with ExitStack() as stack:
+    with ExitStack() as stack, named_memory_errors(channel):
+        site = Site(channel, setup, placement, enter_device(channel, setup, stack))
+        all_reduce = make_all_reduce(site)
+        stage, weight_bytes = make_stage(site, all_reduce)
+        claim_memory(channel, setup, placement, site.device, weight_bytes)
         mover, pool = make_mover(site, comm, stack)
         channel.send(CONTROLLER, Ready(time.monotonic() - started))
-        worker = make_worker(site, stage, pool, mover, join_clock(channel))
+        worker = make_worker(site, stage, pool, mover, all_reduce, join_clock(channel))
         meter = CpuMeter()
         worker.run()
         channel.send(CONTROLLER, Report(worker.flights.steps, meter.read(), worker.flights.host_s))
+
+
+@contextmanager
+def named_memory_errors(channel: Channel) -> Iterator[None]:
+    """Turn torch's error of a GPU without memory into one that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"the GPU of rank {channel.rank} has no memory left ({str(error).splitlines()[0]}): "
+            "lower --microbatch-size, --max-prompt-tokens or --row-len, or free what other programs hold on it"
+        ) from error
 
 
 def threads_per_worker(channel: Channel) -> int:
@@ -152,6 +177,7 @@ class Site:
     channel: Channel
     setup: EngineSetup
     placement: Placement
+    device: Device
 
     @property
     def shard(self) -> Shard:
@@ -174,27 +200,40 @@ class Site:
         return self.pipeline.rank_of(self.placement.stage + distance, self.shard.tp_rank)
 
 
-def make_stage(site: Site) -> Stage:
-    """Load this rank's part of the model."""
-    setup, shard, channel = site.setup, site.shard, site.channel
+def make_stage(site: Site, all_reduce: AllReduce | None) -> tuple[Stage, int]:
+    """Load this rank's part of the model; give it and the bytes of its weights."""
+    setup, shard = site.setup, site.shard
     if setup.config.synthetic:
         from dejavu.model.synthetic import SyntheticStage
 
-        return SyntheticStage(shard, setup.spec.vocab_size, *setup.config.synthetic)
+        return SyntheticStage(shard, setup.spec.vocab_size, *setup.config.synthetic), 0
     from dejavu.model.decoder import StageModel
     from dejavu.model.weights import dummy_stage, load_stage
 
-    ranks = site.pipeline.stage_ranks(site.placement.stage)
+    dtype, torch_device = dtype_of(setup), site.device.torch_device
+    if setup.directory:
+        weights = load_stage(setup.directory, setup.spec, shard, dtype, torch_device)
+    else:
+        weights = dummy_stage(setup.spec, shard, dtype, torch_device)
+    weight_bytes = sum(weight.nbytes for weight in weights.values())
+    return StageModel(setup.spec, shard, weights, all_reduce), weight_bytes
+
+
+def make_all_reduce(site: Site) -> AllReduce | None:
+    """Give what sums over the stage's tensor ranks, if there are several."""
+    channel, ranks = site.channel, site.pipeline.stage_ranks(site.placement.stage)
+    if len(ranks) == 1:
+        return None
 
     def all_reduce(tensor: Tensor) -> None:
         channel.all_reduce(tensor, ranks)
 
-    dtype = getattr(torch, setup.dtype)
-    if setup.directory:
-        weights = load_stage(setup.directory, setup.spec, shard, dtype)
-    else:
-        weights = dummy_stage(setup.spec, shard, dtype)
-    return StageModel(setup.spec, shard, weights, all_reduce if len(ranks) > 1 else None)
+    def staged(tensor: Tensor) -> None:
+        host = tensor.cpu()
+        channel.all_reduce(host, ranks)
+        tensor.copy_(host)
+
+    return staged if site.setup.on_cuda else all_reduce
 
 
 def make_mover(site: Site, comm: Any, stack: ExitStack) -> tuple[Mover, Tensor]:
@@ -205,12 +244,10 @@ def make_mover(site: Site, comm: Any, stack: ExitStack) -> tuple[Mover, Tensor]:
     setup, role = site.setup, site.pipeline.role
     if not setup.moves_kv:
         mover = SyntheticMover(site.channel) if setup.config.is_disaggregated else NoMover()
-        return mover, make_pool(site)
-    from dejavu.device import open_device
+        return mover, make_pool(site, stack)
     from dejavu.transport.registry import open_carrier
 
-    level = Level(setup.config.stream_level)
-    device = stack.enter_context(open_device("cpu"))
+    level, device = Level(setup.config.stream_level), site.device
     pool = stack.enter_context(KVPool(device, rank_cache(site.setup, site.placement), make_rows(site), dtype_of(setup)))
     carrier = stack.enter_context(open_carrier(setup.config.transport, device, comm, gathering=level.gathering))
     sides = [
@@ -249,17 +286,21 @@ def dtype_of(setup: EngineSetup) -> torch.dtype:
     return dtype
 
 
-def make_pool(site: Site) -> Tensor:
-    """Take KV memory that nothing moves in or out of."""
-    spec, cache, shard = site.setup.spec, site.cache, site.shard
+def make_pool(site: Site, stack: ExitStack) -> Tensor:
+    """Take KV memory that nothing moves in or out of; on a GPU exportable, given back by `stack`."""
+    spec, cache, shard, dtype = site.setup.spec, site.cache, site.shard, dtype_of(site.setup)
     num_layers = 0 if site.setup.config.synthetic else shard.last_layer - shard.first_layer
     heads = spec.num_kv_heads // shard.tp_size
-    return torch.zeros(
-        (cache.num_blocks, num_layers, 2, cache.block_size, heads, spec.head_dim), dtype=dtype_of(site.setup)
-    )
+    shape = (cache.num_blocks, num_layers, 2, cache.block_size, heads, spec.head_dim)
+    if not site.setup.on_cuda:
+        return torch.zeros(shape, dtype=dtype)
+    memory = stack.enter_context(site.device.allocate_exportable(prod(shape) * dtype.itemsize))
+    return memory.tensor(dtype, shape).zero_()
 
 
-def make_worker(site: Site, stage: Stage, pool: Tensor, mover: Mover, clock: RunClock) -> Worker:
+def make_worker(
+    site: Site, stage: Stage, pool: Tensor, mover: Mover, all_reduce: AllReduce | None, clock: RunClock
+) -> Worker:
     """Connect a worker to the ranks before and behind it."""
     pipeline, config = site.pipeline, site.setup.config
     stage_index, tp_rank = site.placement.stage, site.shard.tp_rank
@@ -283,33 +324,49 @@ def make_worker(site: Site, stage: Stage, pool: Tensor, mover: Mover, clock: Run
         pool,
         make_inlet(site, stage),
         source,
-        make_sink(site, scheduler, clock),
+        make_sink(site, all_reduce, scheduler, clock),
         mover,
         flights,
-        HostTimeline(clock.now_s),
+        make_timeline(site, clock),
         followers=[*peers, *next_rank],
         peers=peers,
     )
+
+
+def make_timeline(site: Site, clock: RunClock) -> Timeline:
+    """Time passes by the clock, or on a GPU by events."""
+    return DeviceTimeline(site.device, clock.now_s) if site.setup.on_cuda else HostTimeline(clock.now_s)
 
 
 def make_inlet(site: Site, stage: Stage) -> Inlet:
     """Take hidden states from the stage before."""
     if site.shard.is_first:
         return NoInlet()
-    return HostInlet(site.channel, site.neighbour(-1), stage.hidden_size, stage.dtype)
+    inlet = HostInlet(site.channel, site.neighbour(-1), stage.hidden_size, stage.dtype)
+    return StagedInlet(inlet, site.device.torch_device) if site.setup.on_cuda else inlet
 
 
-def make_sink(site: Site, scheduler: Scheduler, clock: RunClock) -> Sink:
+def make_sink(site: Site, all_reduce: AllReduce | None, scheduler: Scheduler, clock: RunClock) -> Sink:
     """Pass hidden states on; on the last stage sample, and tell the first stage and the controller."""
-    channel, pipeline, shard = site.channel, site.pipeline, site.shard
+    channel, shard, on_cuda = site.channel, site.shard, site.setup.on_cuda
     if not shard.is_last:
-        return NextStage(channel, site.neighbour(1))
+        return (StagedNextStage if on_cuda else NextStage)(channel, site.neighbour(1))
+    logits = make_logits(site, all_reduce)
     if shard.tp_rank > 0:
-        return ToLeader(channel, pipeline.rank_of(site.placement.stage))
-    head = pipeline.head
+        leader = site.pipeline.rank_of(site.placement.stage)
+        return ToSum(logits) if isinstance(logits, LogitSum) else ToLeader(channel, leader)
+    head = site.pipeline.head
     to_head = scheduler.sampled if head == channel.rank else lambda sampled: channel.send(head, sampled)
-    workers = site.setup.topology.workers_of(pipeline)
+    tell = [to_head, lambda sampled: channel.send(CONTROLLER, sampled)]
+    return Sampling(site.setup.spec, logits, clock.now_s, tell)
+
+
+def make_logits(site: Site, all_reduce: AllReduce | None) -> Logits:
+    """Bring the last stage's parts of the logits together: by MPI, or between GPUs by a sum."""
+    spec, workers = site.setup.spec, site.setup.topology.workers_of(site.pipeline)
     shards = [(p.rank, p.shard) for p in workers if p.stage == site.placement.stage and p.shard]
-    return Sampling(
-        channel, site.setup.spec, shards, clock.now_s, [to_head, lambda sampled: channel.send(CONTROLLER, sampled)]
-    )
+    if all_reduce is None:
+        return OneRank()
+    if site.setup.on_cuda:
+        return LogitSum(spec.vocab_size, site.shard, all_reduce)
+    return MpiLogits(site.channel, spec.vocab_size, shards)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from dejavu.config import ServeConfig
+from dejavu.device import cuda_device_name, num_cuda_devices, why_no_cuda
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import choose_row_len, size_caches
+from dejavu.errors import ConfigError
 from dejavu.model.resolve import ResolvedModel, resolve_model
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.planning.workload import WorkloadItem, make_workload, read_workload, to_requests, with_poisson_arrivals
@@ -37,10 +39,11 @@ def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
         chat=config.chat,
     )
     row_len = choose_row_len(config, model.spec, requests)
-    dtype = choose_dtype(config, model)
-    caches = size_caches(config, model.spec, topology, row_len, dtype)
+    device = choose_device(config)
+    dtype = choose_dtype(config, model, device)
+    caches = size_caches(config, model.spec, topology, row_len, dtype, device)
     directory = None if config.load_format == "dummy" else model.directory
-    return Job(EngineSetup(config, model.spec, directory, topology, caches, dtype), tuple(requests), tokenizer)
+    return Job(EngineSetup(config, model.spec, directory, topology, caches, dtype, device), tuple(requests), tokenizer)
 
 
 def check_weights(config: ServeConfig, model: ResolvedModel) -> None:
@@ -67,8 +70,28 @@ def default_sampling(config: ServeConfig) -> SamplingParams:
     )
 
 
-def choose_dtype(config: ServeConfig, model: ResolvedModel) -> str:
+def choose_device(config: ServeConfig) -> str:
+    """Give what the workers compute on, "cpu" or "cuda": as asked, or as this host has it; ConfigError if it hasn't."""
+    if config.device == "cpu" or config.synthetic:
+        if config.device == "cuda":
+            raise ConfigError("synthetic stages compute nothing: leave out device cuda")
+        return "cpu"
+    if config.device == "auto":
+        return "cuda" if num_cuda_devices() else "cpu"
+    if num_cuda_devices() == 0:
+        raise ConfigError(f"device cuda cannot be had: {why_no_cuda()}; use --device cpu")
+    return "cuda"
+
+
+def device_names(config: ServeConfig) -> list[str]:
+    """Name the devices that this host's workers take in turn."""
+    if choose_device(config) == "cpu":
+        return ["cpu"]
+    return [f"cuda:{index} {cuda_device_name(index)}" for index in range(num_cuda_devices())]
+
+
+def choose_dtype(config: ServeConfig, model: ResolvedModel, device: str) -> str:
     """Give the number format: as asked, or the checkpoint's; float16 becomes float32 on a CPU, which computes in it."""
     if config.dtype != "auto":
         return config.dtype
-    return "float32" if model.spec.dtype == "float16" else model.spec.dtype
+    return "float32" if model.spec.dtype == "float16" and device == "cpu" else model.spec.dtype

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from dejavu.cluster.accelerator import accelerator_index
 from dejavu.cluster.engine import Outcome, run_controller, run_worker
 from dejavu.cluster.job import Job, prepare
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.process import refuse
 from dejavu.config import ServeConfig
+from dejavu.device import cuda_device_name
 from dejavu.engine.controller import Controller
+from dejavu.engine.setup import EngineSetup
 from dejavu.errors import UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
 from dejavu.measure.records import RankRecord, write_csv
@@ -39,9 +42,17 @@ def work(channel: Channel) -> int:
     _, start = channel.receive(CONTROLLER)
     if start is not None:
         setup, os.environ[RUN_DIR] = start
-        channel.send(CONTROLLER, (host_name(), cpu_model()))
+        channel.send(CONTROLLER, (host_name(), device_name(channel, setup)))
         run_worker(channel, setup)
     return 0
+
+
+def device_name(channel: Channel, setup: EngineSetup) -> str:
+    """Name what this worker computes on."""
+    if not setup.on_cuda:
+        return cpu_model()
+    index = accelerator_index(channel)
+    return f"cuda:{index} {cuda_device_name(index)}"
 
 
 def serve(channel: Channel, config: ServeConfig) -> int:
@@ -61,7 +72,7 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     directory.write_status({"state": "loading"})
     make_stream = job.tokenizer.stream if job.tokenizer else None
     completions, outcome = run_controller(
-        channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream
+        channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream, announce=print
     )
     summary = write_results(directory, job, completions, outcome)
     show(completions if config.workload else [], summary, directory)  # what follows random prompts says nothing
@@ -87,6 +98,7 @@ def write_description(directory: RunDirectory, job: Job, places: list[tuple[str,
     facts = {
         "mpi_library": MPI.Get_library_version().split(",")[0],
         "dtype": setup.dtype,
+        "device": setup.device,
         "kv_caches": [asdict(cache) for cache in setup.caches],
     }
     ranks = rank_table(setup.topology, hosts, devices)
@@ -159,10 +171,16 @@ def rank_records(topology: Topology, outcome: Outcome) -> list[RankRecord]:
     """Say what each rank took of the processor."""
     used = {CONTROLLER: outcome.cpu} | {rank: report.cpu for rank, report in outcome.reports.items()}
     return [
-        RankRecord(p.rank, p.role.value, p.stage, cpu.cpu_s, cpu.window_s, cpu.core_share)
+        RankRecord(p.rank, p.role.value, p.stage, cpu.cpu_s, cpu.window_s, cpu.core_share, host_us(outcome, p.rank))
         for p in topology.placements
         if (cpu := used.get(p.rank))
     ]
+
+
+def host_us(outcome: Outcome, rank: int) -> float:
+    """Give the microseconds that a rank's thread took for a pass; NaN where it had none."""
+    report = outcome.reports.get(rank)
+    return 1e6 * report.host_s / len(report.steps) if report and report.steps else float("nan")
 
 
 def show(completions: list[Completion], summary: Summary, directory: RunDirectory) -> None:

@@ -35,10 +35,12 @@ __all__ = [
     "Location",
     "Pieces",
     "Stream",
+    "cuda_device_name",
     "make_pieces",
     "num_cuda_devices",
     "open_device",
     "pieces_from",
+    "why_no_cuda",
 ]
 
 _PIECES = ("Pieces", "make_pieces", "pieces_from")
@@ -88,3 +90,17 @@ def num_cuda_devices() -> int:
     from dejavu.device.cuda_driver import count_devices
 
     return count_devices()
+
+
+def why_no_cuda() -> str:
+    """Say why there is no CUDA device."""
+    from dejavu.device.cuda_driver import missing
+
+    return missing() or "the driver shows no device, see CUDA_VISIBLE_DEVICES"
+
+
+def cuda_device_name(index: int) -> str:
+    """Give the product name of a CUDA device that is there; its context is not made."""
+    from dejavu.device.cuda_driver import device_name
+
+    return device_name(index)

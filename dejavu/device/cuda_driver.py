@@ -36,6 +36,14 @@ def count_devices() -> int:
     return int(call(driver.cuDeviceGetCount))
 
 
+def device_name(index: int) -> str:
+    """Give the product name of a device."""
+    from cuda.bindings import driver
+
+    name: bytes = call(driver.cuDeviceGetName, 256, call(driver.cuDeviceGet, index))
+    return name.split(b"\0", 1)[0].decode()
+
+
 def call(function: Callable[..., tuple[Any, ...]], *arguments: object) -> Any:
     """Call a driver function and give what it returns beside the code: nothing, one value, or a tuple.
 

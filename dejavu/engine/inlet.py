@@ -36,3 +36,15 @@ class HostInlet:
         """Wait for them."""
         num_tokens = sum(row.num_new for row in work.rows)
         return self.channel.receive_tensor(self.rank, torch.empty(num_tokens, self.hidden_size, dtype=self.dtype))
+
+
+class StagedInlet:
+    """Receive hidden states in pinned host memory, and copy them to the GPU in the order of its stream."""
+
+    def __init__(self, inlet: HostInlet, device: torch.device) -> None:
+        self.inlet = inlet
+        self.device = device
+
+    def take(self, work: Work) -> Tensor:
+        """Wait for them on the host, not for the copy."""
+        return self.inlet.take(work).pin_memory().to(self.device, non_blocking=True)

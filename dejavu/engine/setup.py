@@ -19,6 +19,12 @@ class EngineSetup:
     topology: Topology
     caches: tuple[CacheSize, ...]  # by pipeline
     dtype: str
+    device: str = "cpu"  # what the workers compute on, or "cuda"
+
+    @property
+    def on_cuda(self) -> bool:
+        """Tell whether the workers compute on GPUs."""
+        return self.device == "cuda"
 
     @property
     def moves_kv(self) -> bool:

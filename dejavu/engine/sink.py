@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dejavu.engine.flight import Finish
+from dejavu.engine.logits import Logits, LogitSum
 from dejavu.engine.messages import Admission, RowWork, Sampled, SampledToken, Work
-from dejavu.model.sampling import Draw, RowState, start_draw
-from dejavu.model.spec import ModelSpec, Shard
+from dejavu.model.sampling import Draw, RowState, download, start_draw
+from dejavu.model.spec import ModelSpec
 from dejavu.transport.mpi import Channel
 
 
@@ -36,6 +36,24 @@ class NextStage:
         self.channel.send_tensor(self.rank, output.contiguous())
 
 
+class StagedNextStage:
+    """Send hidden states from a GPU to the next stage through pinned host memory, as soon as they are computed."""
+
+    def __init__(self, channel: Channel, rank: int) -> None:
+        self.channel = channel
+        self.rank = rank
+
+    def put(self, work: Work, output: Tensor) -> Finish:
+        """Queue the copy to the host; the pass and its hidden states leave when it is there."""
+        host = download(output)
+
+        def send() -> None:
+            self.channel.send(self.rank, work)
+            self.channel.send_tensor(self.rank, host)
+
+        return send
+
+
 class ToLeader:
     """Send this tensor rank's part of the logits to the last stage's leader, which samples."""
 
@@ -49,21 +67,31 @@ class ToLeader:
             self.channel.send_tensor(self.leader, output.contiguous())
 
 
+class ToSum:
+    """Add this tensor rank's part of the logits to the sum with which the last stage's leader samples."""
+
+    def __init__(self, logits: LogitSum) -> None:
+        self.logits = logits
+
+    def put(self, work: Work, output: Tensor) -> None:
+        """Take part in the sum, if any token is due."""
+        if output.shape[0]:
+            self.logits.gather(output)
+
+
 class Sampling:
     """Turn logits into tokens, on the last stage's leader, and tell who waits for them."""
 
     def __init__(
         self,
-        channel: Channel,
         spec: ModelSpec,
-        shards: Sequence[tuple[int, Shard]],
+        logits: Logits,
         now_s: Callable[[], float],
         tell: Sequence[Callable[[Sampled], None]],
     ) -> None:
-        """Take the (rank, shard) of the stage's tensor ranks, this one first, and whom to tell each result."""
-        self.channel = channel
+        """Take what brings the tensor ranks' logits together, and whom to tell each result."""
         self.spec = spec
-        self.shards = shards
+        self.logits = logits
         self.now_s = now_s
         self.tell = tell
         self.rows: dict[tuple[int, int], RowState] = {}
@@ -74,7 +102,7 @@ class Sampling:
             self.admit(admission)
         due = [row for row in work.rows if row.samples]
         states = [self.rows[work.microbatch, row.row] for row in due]
-        draw = start_draw(self.gather(output), states) if due else None
+        draw = start_draw(self.logits.gather(output), states) if due else None
         return lambda: self.finish(work, due, states, draw)
 
     def finish(self, work: Work, due: list[RowWork], states: list[RowState], draw: Draw | None) -> None:
@@ -93,14 +121,3 @@ class Sampling:
         output = [] if admission.first_token is None else [admission.first_token]
         state = RowState(request.sampling, self.spec.eos_token_ids, list(request.prompt_token_ids), output)
         self.rows[admission.microbatch, admission.row] = state
-
-    def gather(self, logits: Tensor) -> Tensor:
-        """Put the tensor ranks' vocabulary parts beside each other."""
-        if len(self.shards) == 1:
-            return logits
-        whole = torch.empty(logits.shape[0], self.spec.vocab_size)
-        for rank, shard in self.shards:
-            start, stop = shard.vocab_range(self.spec.vocab_size)
-            part = logits if rank == self.channel.rank else torch.empty(logits.shape[0], stop - start)
-            whole[:, start:stop] = part if rank == self.channel.rank else self.channel.receive_tensor(rank, part)
-        return whole

@@ -1,16 +1,17 @@
 """How much KV memory a run needs and gets: pure arithmetic, done before any memory is taken."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dejavu.config import ServeConfig
 from dejavu.engine.rows import kv_tokens
 from dejavu.errors import CapacityError, ConfigError
-from dejavu.model.spec import ModelSpec
+from dejavu.model.spec import ModelSpec, Shard
 from dejavu.request import Request
 from dejavu.topology import Pipeline, Role, Topology
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CUDA_BLOCK_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +41,25 @@ def choose_row_len(config: ServeConfig, spec: ModelSpec, requests: Iterable[Requ
 
 
 def size_caches(
-    config: ServeConfig, spec: ModelSpec, topology: Topology, row_len: int, dtype: str
+    config: ServeConfig, spec: ModelSpec, topology: Topology, row_len: int, dtype: str, device: str
 ) -> tuple[CacheSize, ...]:
     """Size the cache of each pipeline; raise CapacityError where not even one row fits."""
-    return tuple(size_cache(config, spec, topology, pipeline, row_len, dtype) for pipeline in topology.pipelines)
+    block_size = config.block_size or (CUDA_BLOCK_TOKENS if device == "cuda" else row_len)
+    return tuple(
+        size_cache(config, spec, topology, pipeline, row_len, dtype, block_size) for pipeline in topology.pipelines
+    )
 
 
 def size_cache(
-    config: ServeConfig, spec: ModelSpec, topology: Topology, pipeline: Pipeline, row_len: int, dtype: str
+    config: ServeConfig,
+    spec: ModelSpec,
+    topology: Topology,
+    pipeline: Pipeline,
+    row_len: int,
+    dtype: str,
+    block_size: int,
 ) -> CacheSize:
     """Cut `kv_memory`, or what all rows of a pipeline need, into blocks."""
-    block_size = config.block_size or row_len
     shards = [placement.shard for placement in topology.workers_of(pipeline) if placement.shard]
     most_layers = max(shard.last_layer - shard.first_layer for shard in shards)
     block_bytes = block_size * spec.kv_bytes_per_token(ITEM_BYTES[dtype], most_layers, pipeline.tp)
@@ -65,3 +74,78 @@ def size_cache(
             f"{row_len} tokens needs {per_row}: give at least {per_row * block_bytes} bytes, or a shorter row_len"
         )
     return CacheSize(row_len, block_size, num_blocks, block_bytes)
+
+
+def activation_bytes(spec: ModelSpec, shard: Shard, num_tokens: int, num_rows: int, dtype: str) -> int:
+    """Estimate what a pass of `num_tokens` tokens needs beside weights and KV: a layer's products, and the logits.
+
+    Hidden states are there four times (input, residual, normalised, output), the FFN's twice, logits in float32 thrice.
+    """
+    heads = (spec.num_heads + 2 * spec.num_kv_heads) // shard.tp_size
+    ffn = (3 if spec.gated_ffn else 2) * spec.ffn_size // shard.tp_size
+    per_token = 4 * spec.hidden_size + 2 * heads * spec.head_dim + ffn
+    logits = 3 * 4 * num_rows * spec.vocab_size if shard.is_last else 0
+    return num_tokens * per_token * ITEM_BYTES[dtype] + logits
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Say what one worker found on its GPU when all workers had loaded, and what it is going to take there."""
+
+    gpu: str  # the same for all workers that share it
+    name: str
+    total_bytes: int
+    free_bytes: int  # of the GPU
+    weight_bytes: int
+    reserve_bytes: int
+    pool_bytes: int  # for all rows of its pipeline
+
+
+def share_of(rooms: Mapping[int, Room], rank: int) -> float:
+    """Give the part of the pools wanted on a rank's GPU that fits there; above 1 where there is more room."""
+    sharing = [room for room in rooms.values() if room.gpu == rooms[rank].gpu]
+    left = rooms[rank].free_bytes - sum(room.reserve_bytes for room in sharing)
+    return max(0.0, left / sum(room.pool_bytes for room in sharing))
+
+
+def rows_that_fit(rooms: Mapping[int, Room], rank: int, cache: CacheSize) -> int:
+    """Count the full rows of a rank's pipeline for which its GPU has room."""
+    return int(share_of(rooms, rank) * cache.num_blocks) // cache.blocks_per_row
+
+
+def check_rooms(rooms: Mapping[int, Room], caches: Mapping[int, CacheSize]) -> None:
+    """Raise CapacityError, saying how many rows would fit, where the pools that are wanted on a GPU do not.
+
+    Every rank of a pipeline has as many blocks, so the GPU with the least room decides.
+    """
+    short = [rank for rank in rooms if share_of(rooms, rank) < 1]
+    if not short:
+        return
+    rank = min(short, key=lambda rank: rows_that_fit(rooms, rank, caches[rank]))
+    room, cache = rooms[rank], caches[rank]
+    raise CapacityError(
+        f"{cache.num_blocks // cache.blocks_per_row} rows of {cache.row_len} tokens need {gb(room.pool_bytes)} of KV "
+        f"memory on rank {rank}, and {room.gpu} has {gb(room.free_bytes)} free with {gb(room.reserve_bytes)} kept for "
+        f"activations: {rows_that_fit(rooms, rank, cache)} rows would fit, so lower --microbatch-size, --row-len or "
+        "--kv-memory"
+    )
+
+
+def describe_rooms(rooms: Mapping[int, Room], caches: Mapping[int, CacheSize]) -> list[str]:
+    """Say for people how each worker's GPU is shared out."""
+    return [describe_room(rank, rooms, caches[rank]) for rank in rooms]
+
+
+def describe_room(rank: int, rooms: Mapping[int, Room], cache: CacheSize) -> str:
+    """Say how one worker's GPU is shared out."""
+    room, num_rows = rooms[rank], cache.num_blocks // cache.blocks_per_row
+    return (
+        f"rank {rank} on {room.gpu}, {room.name}: {gb(room.total_bytes)}, weights {gb(room.weight_bytes)}, "
+        f"KV pool {gb(room.pool_bytes)} = {num_rows} rows of {cache.row_len} tokens in blocks of {cache.block_size}, "
+        f"activations {gb(room.reserve_bytes)}; {rows_that_fit(rooms, rank, cache)} rows would fit"
+    )
+
+
+def gb(num_bytes: int) -> str:
+    """Write bytes in GB, as GPUs are sold."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

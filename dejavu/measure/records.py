@@ -100,7 +100,10 @@ class TransferRecord:
 
 @dataclass(slots=True)
 class RankRecord:
-    """Say how much processor time one rank took while serving: 0.05 of a core is a rank that waits without spinning."""
+    """Say how much processor time one rank took while serving: 0.05 of a core is a rank that waits without spinning.
+
+    `host_us_per_step` is what its thread took for each pass: on a CPU that is computing, on a GPU queueing.
+    """
 
     rank: int
     role: str
@@ -108,6 +111,7 @@ class RankRecord:
     cpu_s: float
     window_s: float
     core_share: float
+    host_us_per_step: float
 
 
 def write_csv(path: Path, rows: Iterable[Row], row_type: type[Row]) -> None:

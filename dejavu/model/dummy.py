@@ -17,6 +17,7 @@ from dejavu.model.parameters import Parameter, Piece, Range
 
 STANDARD_DEVIATION = 0.02
 _CHUNK_ELEMENTS = 1 << 18  # of int32: stays in a core's cache between the passes over it
+_DEVICE_CHUNK_ELEMENTS = 1 << 26  # bounds what making numbers needs beside them
 # Multipliers of Chris Wellons' "lowbias32" hash, as signed 32-bit numbers.
 _MULTIPLY = (0x7FEB352D, 0x846CA68B - (1 << 32))
 
@@ -36,8 +37,9 @@ def _lane(name: str, axis: str, bounds: Range, device: torch.device) -> Tensor:
 
 
 def _row_chunks(num_rows: int, num_columns: int, device: torch.device) -> Iterator[Range]:
-    chunk = num_rows if device.type != "cpu" else max(1, _CHUNK_ELEMENTS // num_columns)
-    for start in range(0, num_rows, max(1, chunk)):
+    elements = _CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS
+    chunk = max(1, elements // num_columns)
+    for start in range(0, num_rows, chunk):
         yield start, min(num_rows, start + chunk)
 
 

@@ -133,15 +133,15 @@ def test_profile_is_overridden_by_the_command_line(tmp_path, capsys):
 
 
 def test_dry_run_prints_ranks_and_a_line_without_itself(capsys):
-    arguments = ["serve", "--dry-run", "--pp", "2", "--tp", "2", "--name", "x-y", *DUMMY]
+    arguments = ["serve", "--dry-run", "--pp", "2", "--tp", "2", "--name", "x-y", *DUMMY, "--device", "cpu"]
     assert main(arguments) == 0
     *table, line = capsys.readouterr().out.strip().splitlines()
-    assert line.endswith("-m dejavu.cli.main serve --pp 2 --tp 2 --name x-y --model gpt2 --load-format dummy")
+    assert line.endswith("-m dejavu.cli.main serve --pp 2 --tp 2 --name x-y --model gpt2 --load-format dummy --device cpu")
     assert " -n 5 " in line
     rows = [[cell.strip() for cell in row.strip("│").split("│")] for row in table if row.startswith("│")]
     assert rows[0][:2] == ["0", "controller"]
     assert rows[1:] == [
-        [str(1 + 2 * stage + half), "both", str(stage), layers, f"{half} of 2"]
+        [str(1 + 2 * stage + half), "both", str(stage), layers, f"{half} of 2", "cpu"]
         for stage, layers in enumerate(["0-5", "6-11"])
         for half in (0, 1)
     ]

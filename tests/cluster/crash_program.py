@@ -31,11 +31,11 @@ def lose_file(rank: int, note: Path, file: Path) -> None:
 
     make_stage = engine.make_stage
 
-    def losing(site):
+    def losing(site, *others):
         if site.channel.rank == rank:
             file.unlink()
             note.write_text(str(time.monotonic()))
-        return make_stage(site)
+        return make_stage(site, *others)
 
     engine.make_stage = losing
 

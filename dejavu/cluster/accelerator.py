@@ -1,0 +1,93 @@
+"""Which GPU a worker computes on, and whether everything fits there: agreed on before a request is taken."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+
+from dejavu.device import Device, num_cuda_devices, open_device
+from dejavu.engine.setup import EngineSetup
+from dejavu.engine.sizing import ITEM_BYTES, Room, activation_bytes, check_rooms, describe_rooms
+from dejavu.model.spec import Shard
+from dejavu.topology import CONTROLLER, Placement
+from dejavu.transport.mpi import Channel
+
+GRAPH_BYTES = 1 << 30  # for captured graphs, the libraries' workspaces and the allocator's gaps
+
+
+def accelerator_index(channel: Channel) -> int:
+    """Give this worker's GPU: its number among the ranks of its host that may work, modulo the number of GPUs."""
+    host = channel.hosts[channel.rank]
+    before = channel.hosts[CONTROLLER + 1 : channel.rank].count(host)
+    return before % max(1, num_cuda_devices())
+
+
+def enter_device(channel: Channel, setup: EngineSetup, stack: ExitStack) -> Device:
+    """Open the device that this worker computes on; on a GPU also make a stream of its own torch's current one."""
+    if not setup.on_cuda:
+        return stack.enter_context(open_device("cpu"))
+    index = accelerator_index(channel)
+    device = stack.enter_context(open_device("cuda", index))
+    torch.cuda.set_device(index)
+    stack.enter_context(torch.cuda.stream(torch.cuda.Stream(index)))  # type: ignore[no-untyped-call]
+    return device
+
+
+def claim_memory(channel: Channel, setup: EngineSetup, placement: Placement, device: Device, weight_bytes: int) -> None:
+    """Tell the controller what this worker's GPU has left, and wait until it has found that all rows fit.
+
+    The free bytes are read when every worker has loaded, since several may share a GPU.
+    """
+    if not setup.on_cuda:
+        return
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    channel.send(CONTROLLER, None)
+    channel.receive(CONTROLLER)
+    found, shard, cache = device.properties, placement.shard, setup.caches[placement.pipeline]
+    assert shard is not None
+    room = Room(
+        gpu=f"{channel.hosts[channel.rank]} GPU {found.index} ({found.bus_id})",
+        name=found.name,
+        total_bytes=found.total_bytes,
+        free_bytes=device.free_bytes(),
+        weight_bytes=weight_bytes,
+        reserve_bytes=reserve_bytes(setup, placement, shard),
+        pool_bytes=cache.num_blocks * cache.block_size * kv_bytes_per_token(setup, shard),
+    )
+    channel.send(CONTROLLER, room)
+    channel.receive(CONTROLLER)
+
+
+def kv_bytes_per_token(setup: EngineSetup, shard: Shard) -> int:
+    """Count the bytes of K and V that a token takes on one rank."""
+    num_layers = shard.last_layer - shard.first_layer
+    return setup.spec.kv_bytes_per_token(ITEM_BYTES[setup.dtype], num_layers, shard.tp_size)
+
+
+def reserve_bytes(setup: EngineSetup, placement: Placement, shard: Shard) -> int:
+    """Count what the largest pass of a worker needs beside weights and KV."""
+    config, shape = setup.config, setup.topology.pipelines[placement.pipeline].shape
+    row_len = setup.caches[placement.pipeline].row_len
+    whole = min(max(config.max_prompt_tokens, row_len), shape.microbatch_size * row_len)
+    num_tokens = config.prompt_chunk + shape.microbatch_size if config.prompt_chunk else whole
+    return GRAPH_BYTES + activation_bytes(setup.spec, shard, num_tokens, shape.microbatch_size, setup.dtype)
+
+
+def share_memory(channel: Channel, setup: EngineSetup, workers: Sequence[int], deadline_s: float) -> list[str]:
+    """Be the controller's side of `claim_memory`; raise CapacityError saying how many rows would fit.
+
+    Gives a line for each worker that says how its GPU's memory is shared out.
+    """
+    if not setup.on_cuda:
+        return []
+    for rank in workers:
+        channel.receive(rank, deadline_s)
+    for rank in workers:
+        channel.send(rank, None)
+    rooms = {rank: channel.receive(rank, channel.deadline_s)[1] for rank in workers}
+    pipelines = {placement.rank: placement.pipeline for placement in setup.topology.workers}
+    check_rooms(rooms, {rank: setup.caches[pipelines[rank]] for rank in workers})
+    for rank in workers:
+        channel.send(rank, None)
+    return describe_rooms(rooms, {rank: setup.caches[pipelines[rank]] for rank in workers})
