@@ -1,6 +1,6 @@
 """The KV of finished prompts on its way from the prompt pipeline to the token pipeline, on either side's ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dejavu.device.base import Stream
@@ -21,6 +21,8 @@ LayerDone = Callable[[int], None]
 class Mover(Protocol):
     """Move KV beside the passes: to another pipeline, another rank's memory, or the host's."""
 
+    takes: tuple[type, ...]  # the kinds of message that are meant for it
+
     def begin(self, work: Work) -> LayerDone | None:
         """Prepare for a pass; give what has to be called after each layer, with the model's number."""
 
@@ -36,6 +38,8 @@ class Mover(Protocol):
 
 class NoMover:
     """Move nothing, as the ranks of a colocated pipeline do."""
+
+    takes: tuple[type, ...] = ()
 
     def begin(self, work: Work) -> LayerDone | None:
         """Stream nothing."""
@@ -53,8 +57,45 @@ class NoMover:
         return float("inf")
 
 
+class Movers:
+    """Let several movers work beside each other; a message goes to those that take its kind."""
+
+    takes: tuple[type, ...] = ()
+
+    def __init__(self, movers: Sequence[Mover]) -> None:
+        self.movers = movers
+
+    def begin(self, work: Work) -> LayerDone | None:
+        """Let each prepare, in order; after a layer call all that want to know."""
+        callbacks = [callback for mover in self.movers if (callback := mover.begin(work))]
+
+        def layer_done(layer: int) -> None:
+            for callback in callbacks:
+                callback(layer)
+
+        return layer_done if callbacks else None
+
+    def end(self, work: Work) -> None:
+        """Let each take note, in order."""
+        for mover in self.movers:
+            mover.end(work)
+
+    def take(self, message: object) -> None:
+        """Hand a message on."""
+        takers = [mover for mover in self.movers if isinstance(message, mover.takes)]
+        assert takers, f"unexpected message {message!r}"
+        for mover in takers:
+            mover.take(message)
+
+    def look(self) -> float:
+        """Let each look; give the soonest time to look again."""
+        return min(mover.look() for mover in self.movers)
+
+
 class SyntheticMover(NoMover):
     """Report that KV has moved which a synthetic stage never made."""
+
+    takes: tuple[type, ...] = (Expect,)
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -135,6 +176,8 @@ class PromptMover(PoolMover):
 
 class TokenMover(PoolMover):
     """Receive the KV of each prompt on a token rank. The pool's rows are slots: one for each prompt on its way."""
+
+    takes: tuple[type, ...] = (Expect,)
 
     def take(self, message: object) -> None:
         """Post the receives of one prompt."""
