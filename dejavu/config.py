@@ -113,6 +113,18 @@ class ServeConfig(BaseModel):
         None, "Scheduling", "KV memory of one worker, such as 512M; by default enough for every row.", ge=1
     )
 
+    replicate: Literal["off", "ring"] = option(
+        "off",
+        "Failures",
+        "Copy each step's KV to the next stage's host memory, so that a lost device or host loses none.",
+    )
+    replicate_every: Count = option(
+        1, "Failures", "Token steps of a microbatch between two copies: fewer bytes, more steps to run again."
+    )
+    replica_transport: Literal["auto", "tcp", "mpi"] = option(
+        "auto", "Failures", "What carries replicas to another host, tcp by default; one host shares memory by default."
+    )
+
     workload: str | None = option(
         None, "Workload", "Requests: JSONL lines, or a [[prompt, output(, arrival)], ...] trace."
     )
@@ -153,6 +165,10 @@ class ServeConfig(BaseModel):
             raise ValueError(f"{given} is given alone: disaggregation needs prompt_pp and token_pp")
         if self.is_disaggregated:
             self.check_disaggregated()
+        if self.replicate != "off" and self.synthetic:
+            raise ValueError(
+                f"replicate {self.replicate} has no KV to copy with synthetic stages: leave one of them out"
+            )
         depth = self.token_pp or self.pp
         if self.num_microbatches and self.num_microbatches < depth:
             raise ValueError(

@@ -1,7 +1,10 @@
 """Check everything about a run that can be checked before a rank loads weights."""
 
+import os
+import secrets
 from dataclasses import dataclass
 
+from dejavu.cluster.launcher import JOB
 from dejavu.config import ServeConfig
 from dejavu.device import cuda_device_name, num_cuda_devices, why_no_cuda
 from dejavu.engine.setup import EngineSetup
@@ -43,7 +46,9 @@ def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
     dtype = choose_dtype(config, model, device)
     caches = size_caches(config, model.spec, topology, row_len, dtype, device)
     directory = None if config.load_format == "dummy" else model.directory
-    return Job(EngineSetup(config, model.spec, directory, topology, caches, dtype, device), tuple(requests), tokenizer)
+    name = os.environ.get(JOB) or secrets.token_hex(16)
+    setup = EngineSetup(config, model.spec, directory, topology, caches, dtype, name, device)
+    return Job(setup, tuple(requests), tokenizer)
 
 
 def check_weights(config: ServeConfig, model: ResolvedModel) -> None:

@@ -2,12 +2,21 @@
 
 import os
 import secrets
+import socket
 from collections.abc import Sequence
 
 import click
 from rich.console import Console
 
-from dejavu.cluster.launcher import Launch, Terminal, build_launch, check_hostfile, find_mpirun, rank_program
+from dejavu.cluster.launcher import (
+    SUPERVISOR,
+    Launch,
+    Terminal,
+    build_launch,
+    check_hostfile,
+    find_mpirun,
+    rank_program,
+)
 from dejavu.cluster.progress import open_display
 from dejavu.cluster.supervisor import new_job, run_job
 from dejavu.measure.run_directory import RunDirectory
@@ -27,12 +36,12 @@ def plan_launch(
     A job's ranks get a secret in their environment, by which the `tcp` carrier tells them from strangers.
     """
     check_hostfile(hostfile)
-    secret = {SECRET: secrets.token_hex(32)} if directory else {}
+    own = {SECRET: secrets.token_hex(32), SUPERVISOR: f"{os.getpid()}@{socket.gethostname()}"} if directory else {}
     return build_launch(
         num_ranks,
         rank_program(arguments),
         mpirun=find_mpirun(os.environ.get("PATH", "")),
-        environment={**os.environ, **secret},
+        environment={**os.environ, **own},
         terminal=Terminal(console.width, color=console.is_terminal and not console.no_color),
         hostfile=hostfile,
         run_dir=directory.path.absolute() if directory else None,

@@ -12,6 +12,7 @@ from dejavu.errors import UsageError
 
 RUN_DIR = "DEJAVU_RUN_DIR"
 JOB = "DEJAVU_JOB"
+SUPERVISOR = "DEJAVU_SUPERVISOR"  # PROCESS@HOST of whoever watches the job
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 MPI_PREFIXES = ("OMPI_", "PMIX_", "PRTE_", "PMI_")

@@ -18,6 +18,7 @@ from dejavu.cluster.leftovers import kill_job, remove_session_files
 from dejavu.cluster.noise import BoilerplateFilter, Lines
 from dejavu.cluster.process import JobResult, read_result, set_parent_death_signal
 from dejavu.cluster.progress import Display, read_status
+from dejavu.device.keeper_line import end_keeper
 from dejavu.measure.run_directory import RunDirectory
 
 TICK_S = 0.1
@@ -224,9 +225,18 @@ class Supervisor:
         remove_session_files(self.process.pid, self.started)
 
 
+@contextmanager
+def ending_keeper(job: str) -> Iterator[None]:
+    """End this host's keeper with a job, whose memory it holds from one start of mpirun to the next."""
+    try:
+        yield
+    finally:
+        end_keeper(job)
+
+
 def run_job(launch: Launch, directory: RunDirectory, display: Display) -> JobResult:
     """Run a job to its end and give its result; try once more where mpirun itself failed to start it."""
-    with display:
+    with display, ending_keeper(launch.environment[JOB]):
         supervisor = Supervisor(launch, directory, display)
         result = supervisor.run()
         if supervisor.launch_failed:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from dejavu.engine.messages import Moved, Ready, Report, Sampled, SampledToken, Stop
+from dejavu.engine.messages import Moved, Ready, Replicated, Report, Sampled, SampledToken, Stop
 from dejavu.engine.seating import Seating
 from dejavu.engine.text import StreamFactory, TextWatch
 from dejavu.measure.clock import RunClock
@@ -86,6 +86,7 @@ class Controller:
         self.counts = Counts()
         self.reports: dict[int, Report] = {}
         self.ready: dict[int, Ready] = {}
+        self.replicated: dict[tuple[int, int], int] = {}  # by rank and microbatch: the last step that its replica has
 
     def submit(self, request: Request) -> None:
         """Take a request; raise CapacityError if a pool could never hold it."""
@@ -142,6 +143,8 @@ class Controller:
                     events += self.take_tokens(message)
                 case Moved(serial):
                     self.take_moved(rank, serial)
+                case Replicated():
+                    self.replicated[message.rank, message.microbatch] = message.step
                 case Report():
                     self.reports[rank] = message
                 case Ready():

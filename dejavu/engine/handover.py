@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dejavu.device.base import Stream
-from dejavu.engine.messages import Admission, Expect, Moved, Work
+from dejavu.engine.messages import Admission, Expect, Moved, Report, Work
 from dejavu.kv.plan import Resharding
 from dejavu.kv.pool import KVPool
 from dejavu.kv.side import Selection
@@ -35,6 +35,9 @@ class Mover(Protocol):
     def look(self) -> float:
         """See what has moved and tell the controller; give the seconds after which to look again, or infinity."""
 
+    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+        """Finish, and add to the records of `rank`; `run_time` turns the monotonic clock's moments into the run's."""
+
 
 class NoMover:
     """Move nothing, as the ranks of a colocated pipeline do."""
@@ -55,6 +58,10 @@ class NoMover:
     def look(self) -> float:
         """See that there is nothing."""
         return float("inf")
+
+    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+        """Have nothing to add."""
+        return report
 
 
 class Movers:
@@ -90,6 +97,12 @@ class Movers:
     def look(self) -> float:
         """Let each look; give the soonest time to look again."""
         return min(mover.look() for mover in self.movers)
+
+    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+        """Let each add its records."""
+        for mover in self.movers:
+            report = mover.report(report, rank, run_time)
+        return report
 
 
 class SyntheticMover(NoMover):

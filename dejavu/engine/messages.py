@@ -1,9 +1,9 @@
 """What the ranks of a pipeline tell each other; the tensors travel beside these."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dejavu.measure.cpu import CpuUsage
-from dejavu.measure.records import StepKind, StepRecord
+from dejavu.measure.records import StepKind, StepRecord, TransferRecord
 from dejavu.request import Request, TokenLogprobs
 
 
@@ -18,6 +18,11 @@ class Admission:
     request: Request
     handover: tuple[int, ...] = ()  # the token pipeline's blocks, to which a prompt pipeline streams the prompt's KV
     first_token: int | None = None  # sampled by the prompt pipeline: the blocks hold the prompt's KV already
+
+    @property
+    def num_cached(self) -> int:
+        """Count the tokens whose KV is in the blocks already."""
+        return 0 if self.first_token is None else len(self.request.prompt_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,15 @@ class Moved:
     """Prompt and token ranks → controller: this rank has sent, or has, all its part of a request's prompt KV."""
 
     serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """Owner or holder → controller: rank `rank`'s KV of a microbatch is in its replica, up to and with this step."""
+
+    rank: int
+    microbatch: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +141,9 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Worker → controller, at the end: its step records, and the processor time it took while serving."""
+    """Worker → controller, at the end: its records, and the processor time it took while serving."""
 
     steps: list[StepRecord]
     cpu: CpuUsage
     host_s: float  # that its thread took for its passes; on a CPU they are computed in it
+    transfers: list[TransferRecord] = field(default_factory=list)

@@ -6,7 +6,7 @@ from pathlib import Path
 from dejavu.config import ServeConfig
 from dejavu.engine.sizing import CacheSize
 from dejavu.model.spec import ModelSpec
-from dejavu.topology import Topology
+from dejavu.topology import Placement, Role, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class EngineSetup:
     topology: Topology
     caches: tuple[CacheSize, ...]  # by pipeline
     dtype: str
+    job: str  # an unguessable name, of the keeper among others
     device: str = "cpu"  # what the workers compute on, or "cuda"
 
     @property
@@ -30,3 +31,10 @@ class EngineSetup:
     def moves_kv(self) -> bool:
         """Tell whether KV moves between pipelines; synthetic stages have none."""
         return self.config.is_disaggregated and not self.config.synthetic
+
+    @property
+    def replicated(self) -> tuple[Placement, ...]:
+        """Give the places whose KV is replicated: all that generate tokens."""
+        if self.config.replicate == "off":
+            return ()
+        return tuple(place for place in self.topology.workers if place.role is not Role.PROMPT)

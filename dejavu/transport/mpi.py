@@ -63,20 +63,20 @@ class Channel:
         OPEN.add(self)
         self.near = {rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]} - {self.rank}
 
-    def send(self, dest: int, message: object) -> None:
-        """Post an object to `dest`."""
+    def send(self, dest: int, message: object, *, ring: bool = True) -> None:
+        """Post an object to `dest`; without a `ring` it is seen when something else wakes that rank, or soon."""
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-        self.post(dest, CONTROL, data, data)
+        self.post(dest, CONTROL, data, data, ring=ring)
 
     def send_tensor(self, dest: int, tensor: Tensor) -> None:
         """Post a contiguous CPU tensor to `dest`, which has to know its size; it must not change until it is sent."""
         self.post(dest, TENSOR, as_bytes(tensor), tensor)
 
     @naming_the_lost
-    def post(self, dest: int, tag: int, data: Any, memory: object) -> None:
+    def post(self, dest: int, tag: int, data: Any, memory: object, *, ring: bool = True) -> None:
         """Send bytes, wake the receiver, and hold `memory` until the send is complete."""
         request = self.comm.Isend([data, MPI.BYTE], dest, tag)
-        if dest in self.near:
+        if ring and dest in self.near:
             self.doorbell.ring(dest)
         self.reap()
         if not request.Test():

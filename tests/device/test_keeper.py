@@ -15,14 +15,16 @@ import torch
 from dejavu.device import Location, open_device
 from dejavu.device.handles import connect, send_message
 from dejavu.device.keeper import LOCK, SOCKET
-from dejavu.device.vault import MARK, Guardian, Vault, end_keeper, keeper_directory
+from dejavu.device.keeper_line import MARK, Guardian, end_keeper, keeper_directory
+from dejavu.device.vault import Vault
 from dejavu.errors import DeviceError, PeerLostError
 
 DEADLINE_S = 10.0
 PUTTER = """
 import os, signal, sys
 from dejavu.device import open_device
-from dejavu.device.vault import Guardian, Vault
+from dejavu.device.keeper_line import Guardian
+from dejavu.device.vault import Vault
 job, guardian = sys.argv[1], int(sys.argv[2])
 device = open_device("cpu")
 memory = device.allocate_exportable(1 << 20)

@@ -1,0 +1,226 @@
+"""Replicate each pass's KV to another rank's host memory, behind the pass; both ranks derive what moves from it."""
+
+import time
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from dejavu.device.base import Buffer, Device
+from dejavu.device.pieces import Pieces
+from dejavu.engine.handover import LOOK_EVERY_S, NoMover
+from dejavu.engine.messages import Replicated, Report, Work
+from dejavu.kv.layout import PoolLayout
+from dejavu.kv.replica import ReplicaBooks, ReplicaStore, RowCopy, copy_tokens, count_bytes, list_pieces
+from dejavu.kv.stream import message_key
+from dejavu.measure.records import TransferRecord
+from dejavu.topology import CONTROLLER
+from dejavu.transport.carrier import Carrier, Gathering, Transfer
+from dejavu.transport.lanes import Lanes
+from dejavu.transport.mpi import Channel
+from dejavu.transport.staging import move
+
+KIND = "replica"  # in the records
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """Be the copies behind one pass that are under way; without a transfer they are made."""
+
+    microbatch: int
+    step: int
+    copies: Sequence[RowCopy]
+    transfer: Transfer | None
+    start_s: float
+
+
+class PassFollower(NoMover):
+    """Post what each pass adds to a replica, when the pass was handed on, and see to it until it is there."""
+
+    def __init__(self, layout: PoolLayout, every: int, owner: int, holder: int) -> None:
+        """Follow the KV of rank `owner`, whose pool has `layout`, to `holder`, which keeps a copy."""
+        self.layout = layout
+        self.books = ReplicaBooks(every)
+        self.owner = owner
+        self.holder = holder
+        self.unposted: deque[tuple[int, int, list[RowCopy]]] = deque()  # microbatch, step, what the pass has added
+        self.under_way: deque[Copying] = deque()
+
+    def end(self, work: Work) -> None:
+        """Note what the pass adds; it is copied once its result is on its way."""
+        note_pass(self.books, work)
+        copies = self.books.due(work.microbatch, work.step)
+        if copies is not None:
+            self.unposted.append((work.microbatch, work.step, copies))
+
+    def look(self) -> float:
+        """Post what is due, and conclude what has arrived."""
+        while self.unposted:
+            microbatch, step, copies = self.unposted.popleft()
+            start_s = time.monotonic()
+            transfer = self.post(microbatch, step, copies)
+            self.under_way.append(Copying(microbatch, step, copies, transfer, start_s))
+        return self.conclude()
+
+    def conclude(self) -> float:
+        """Conclude what has arrived, in order; raise the error of a transfer that failed."""
+        while self.under_way and ((transfer := self.under_way[0].transfer) is None or transfer.done):
+            if transfer is not None and transfer.error:
+                raise transfer.error
+            self.arrived(self.under_way.popleft())
+        return LOOK_EVERY_S if self.under_way else float("inf")
+
+    def settle(self) -> None:
+        """Wait until everything has arrived."""
+        while self.look() != float("inf"):
+            time.sleep(LOOK_EVERY_S)
+
+    def close(self) -> None:
+        """Give back what is the mover's own."""
+
+    @abstractmethod
+    def post(self, microbatch: int, step: int, copies: Sequence[RowCopy]) -> Transfer | None:
+        """Start the copies of a pass; None where they are made already."""
+
+    @abstractmethod
+    def arrived(self, copying: Copying) -> None:
+        """Conclude the copies of a pass, all before which are concluded."""
+
+
+class Receiving(PassFollower):
+    """Be on the side that sees the copies arrive: keep the store's index, tell the controller, and record."""
+
+    transport: str
+
+    def __init__(self, channel: Channel, store: ReplicaStore, every: int, owner: int, holder: int) -> None:
+        super().__init__(store.layout, every, owner, holder)
+        self.channel = channel
+        self.store = store
+        self.moved: list[tuple[int, float, float]] = []  # bytes, and from when to when
+
+    def arrived(self, copying: Copying) -> None:
+        """Make the copies count."""
+        self.store.write(copying.microbatch, copying.step, copying.copies)
+        self.channel.send(CONTROLLER, Replicated(self.owner, copying.microbatch, copying.step), ring=False)
+        self.moved.append((count_bytes(self.layout, copying.copies), copying.start_s, time.monotonic()))
+
+    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+        """Add a record for each pass, once all has arrived."""
+        self.settle()
+        route = KIND, self.transport, self.owner, self.holder
+        moved = [
+            TransferRecord(rank, *route, n, run_time(start_s), run_time(end_s)) for n, start_s, end_s in self.moved
+        ]
+        return replace(report, transfers=report.transfers + moved)
+
+
+class DirectReplicator(Receiving):
+    """Copy straight into a store that this rank has mapped, where owner and holder share a host.
+
+    A CPU copies between two passes, when the result of one is on its way; a GPU beside the next pass.
+    """
+
+    transport = "local"
+
+    def __init__(
+        self,
+        channel: Channel,
+        device: Device,
+        pool: Buffer,
+        store: ReplicaStore,
+        every: int,
+        holder: int,
+    ) -> None:
+        super().__init__(channel, store, every, channel.rank, holder)
+        self.device = device
+        self.pool = pool
+        self.lanes = Lanes(device, "replica", limit=1)
+
+    def post(self, microbatch: int, step: int, copies: Sequence[RowCopy]) -> Transfer | None:
+        """Store the tokens."""
+        compute, target = self.device.compute_stream, self.store.pool
+        if self.device.properties.kind == "cpu":
+            copy_tokens(self.device, target, self.pool, self.layout, copies, stream=compute)
+            return None
+        packed = list_pieces(self.layout, copies)
+        pieces = Pieces(packed.source, packed.source, packed.nbytes)
+        return self.lanes.run(
+            packed.total_bytes,
+            self.lanes.mark(compute),
+            lambda lane: move(self.device, target, self.pool, pieces, Gathering.PACKED, stream=lane),
+            (target, self.pool, pieces),
+        )
+
+    def close(self) -> None:
+        """End the stream."""
+        self.lanes.close()
+
+
+class SendingReplicator(PassFollower):
+    """Send to a holder on another host, which posts the other side by itself. Ranks are those of the carrier."""
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        pool: Buffer,
+        layout: PoolLayout,
+        every: int,
+        owner: int,
+        holder: int,
+    ) -> None:
+        super().__init__(layout, every, owner, holder)
+        self.carrier = carrier
+        self.pool = pool
+
+    def post(self, microbatch: int, step: int, copies: Sequence[RowCopy]) -> Transfer | None:
+        """Send the tokens, packed into one message."""
+        if not copies:
+            return None
+        key = step_key(self.owner, self.holder, microbatch, step)
+        stream = self.carrier.device.compute_stream
+        return self.carrier.send(self.holder, key, self.pool, list_pieces(self.layout, copies), stream=stream)
+
+    def arrived(self, copying: Copying) -> None:
+        """Leave it to the holder to tell."""
+
+
+class ReplicaHolder(Receiving):
+    """Receive the replica of a rank of another host, whose passes are this rank's own too."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        carrier: Carrier,
+        store: ReplicaStore,
+        every: int,
+        owner: int,
+        *,
+        carrier_offset: int,
+    ) -> None:
+        """Hold for world rank `owner`, which in the carrier's communicator is `carrier_offset` less."""
+        super().__init__(channel, store, every, owner, channel.rank)
+        self.carrier = carrier
+        self.transport = carrier.name
+        self.carrier_offset = carrier_offset
+
+    def post(self, microbatch: int, step: int, copies: Sequence[RowCopy]) -> Transfer | None:
+        """Await the tokens."""
+        if not copies:
+            return None
+        owner, holder = self.owner - self.carrier_offset, self.holder - self.carrier_offset
+        key, stream = step_key(owner, holder, microbatch, step), self.carrier.device.compute_stream
+        return self.carrier.receive(owner, key, self.store.pool, list_pieces(self.layout, copies), stream=stream)
+
+
+def note_pass(books: ReplicaBooks, work: Work) -> None:
+    """Note in the books who begins with a pass, and which tokens it computes."""
+    for admission in work.admissions:
+        place = admission.microbatch, admission.row
+        books.admit(place, admission.serial, admission.blocks, admission.num_cached)
+    for row in work.rows:
+        books.advance((work.microbatch, row.row), row.context + row.num_new)
+
+
+def step_key(owner: int, holder: int, microbatch: int, step: int) -> int:
+    """Give the key of a pass's message."""
+    return message_key(-1 - microbatch, owner, holder, step, step + 1)

@@ -1,0 +1,213 @@
+"""Keep a copy of a stage's KV in host memory: which tokens are due, where they lie, and how they come back.
+
+A *store* is the owner's pool once more, block for block, behind an index of what is valid in it:
+
+    | index: the step of each microbatch, then (serial, length) of each row | block 0 | block 1 | ... | block N-1 |
+
+Since block ids are the same in every stage of a pipeline, and the controller gives them out, a token's place is the
+same in the owner's pool and in the store. The copies are made in the order of the passes, so what an earlier request
+left behind is never written over what a later one has. The index is written behind the bytes that it speaks of.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dejavu.device.base import Buffer, Closing, Device, Location, Stream
+from dejavu.device.pieces import Pieces, make_pieces
+from dejavu.kv.layout import Ints, PoolLayout
+
+NOBODY = -1
+ALIGNMENT = 4096
+Place = tuple[int, int]  # microbatch, row
+
+
+@dataclass(frozen=True, slots=True)
+class RowCopy:
+    """Say that tokens [start, stop) of the request in a row are to be copied; `blocks` hold its tokens from 0 on."""
+
+    place: Place
+    serial: int
+    blocks: Sequence[int]
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class RowBook:
+    """Follow one request: tokens [0, length) are computed, and [0, copied) are copied or on their way."""
+
+    serial: int
+    blocks: Sequence[int]
+    length: int
+    copied: int = 0
+
+
+@dataclass(slots=True)
+class ReplicaBooks:
+    """Follow which tokens of a stage its replica lacks: pure, and the same for whoever sees the same passes.
+
+    With `every` above 1, tokens wait for each so-many-th step of their microbatch; a new request's do not.
+    """
+
+    every: int = 1
+    rows: dict[Place, RowBook] = field(default_factory=dict)
+
+    def admit(self, place: Place, serial: int, blocks: Sequence[int], length: int = 0) -> None:
+        """Let a request take a row, in place of what was there; `length` of its tokens are in the pool already.
+
+        One that had the row before, as after a failure, keeps its copies.
+        """
+        before = self.rows.get(place)
+        copied = min(before.copied, length) if before and before.serial == serial else 0
+        self.rows[place] = RowBook(serial, blocks, length, copied)
+
+    def adopt(self, rows: Mapping[Place, tuple[int, int]]) -> None:
+        """Take over a store with `ReplicaStore.rows`: what is there of requests that go on is not copied again."""
+        self.rows = {place: RowBook(serial, (), 0, length) for place, (serial, length) in rows.items()}
+
+    def advance(self, place: Place, length: int) -> None:
+        """State that tokens [0, length) of a row are computed by the passes so far."""
+        self.rows[place].length = length
+
+    def due(self, microbatch: int, step: int) -> list[RowCopy] | None:
+        """Give what has to be copied behind a pass for the replica to be complete, or None if it may wait."""
+        books = [(place, book) for place, book in self.rows.items() if place[0] == microbatch]
+        is_new = any(book.copied == 0 for _, book in books)
+        return take_copies(books) if is_new or step % self.every == 0 else None
+
+    def forget_copies(self) -> None:
+        """Begin anew with an empty store: everything has to be copied again."""
+        for book in self.rows.values():
+            book.copied = 0
+
+
+def take_copies(books: Iterable[tuple[Place, RowBook]]) -> list[RowCopy]:
+    """Give what rows lack, and count it as copied."""
+    copies = []
+    for place, book in books:
+        if book.copied < book.length:
+            copies.append(RowCopy(place, book.serial, book.blocks, book.copied, book.length))
+            book.copied = book.length
+    return copies
+
+
+def count_bytes(layout: PoolLayout, copies: Iterable[RowCopy]) -> int:
+    """Count the bytes of copies."""
+    return layout.bytes_per_token * sum(copy.stop - copy.start for copy in copies)
+
+
+def cut_blocks(layout: PoolLayout, copies: Iterable[RowCopy]) -> Iterator[tuple[int, int]]:
+    """Cut copies where blocks end; give the byte offset of each part's first token in the pool, and its tokens."""
+    size = layout.block_size
+    for copy in copies:
+        for start in range(copy.start - copy.start % size, copy.stop, size):
+            first = max(start, copy.start)
+            token = first - start
+            offset = copy.blocks[start // size] * layout.block_bytes + token * layout.token_bytes
+            yield offset, min(start + size, copy.stop) - first
+
+
+def list_pieces(layout: PoolLayout, copies: Sequence[RowCopy]) -> Pieces:
+    """List the pieces of copies, from the pool (source) to their packed bytes (target)."""
+    parts = np.array(list(cut_blocks(layout, copies)), dtype=np.int64).reshape(-1, 2)
+    planes = layout.plane_bytes * np.arange(2 * layout.num_layers)
+    source = np.add.outer(parts[:, 0], planes).ravel()
+    nbytes = np.repeat(parts[:, 1] * layout.token_bytes, len(planes))
+    return Pieces(source, np.cumsum(nbytes) - nbytes, nbytes)
+
+
+class ReplicaStore(Closing):
+    """Hold one stage's replica in host memory; `layout` is the owner's."""
+
+    def __init__(self, memory: Buffer, layout: PoolLayout, num_microbatches: int, num_rows: int) -> None:
+        """Take over memory of `store_bytes`, with the contents that it has."""
+        begin = index_bytes(num_microbatches, num_rows)
+        assert memory.nbytes == begin + layout.total_bytes, (memory, layout)
+        assert memory.location is Location.HOST, memory
+        self.memory = memory
+        self.layout = layout
+        self.pool = memory.view(begin, layout.total_bytes)
+        count = num_microbatches * (1 + 2 * num_rows)
+        index = memory.view(0, 8 * count).tensor().numpy().view(np.int64)
+        self._steps: Ints | None = index[:num_microbatches]
+        self._rows: Ints | None = index[num_microbatches:].reshape(num_microbatches, num_rows, 2)
+
+    @classmethod
+    def allocate(cls, device: Device, layout: PoolLayout, num_microbatches: int, num_rows: int) -> "ReplicaStore":
+        """Make an empty store in host memory that can be exported."""
+        nbytes = index_bytes(num_microbatches, num_rows) + layout.total_bytes
+        store = cls(device.allocate_host_exportable(nbytes), layout, num_microbatches, num_rows)
+        assert store._rows is not None
+        assert store._steps is not None
+        store._rows[..., 0] = store._steps[:] = NOBODY
+        return store
+
+    def write(self, microbatch: int, step: int, copies: Iterable[RowCopy]) -> None:
+        """Note that copies are here, and with them all of a microbatch up to a step.
+
+        A process that dies in between leaves rows that are shorter than what is here.
+        """
+        assert self._rows is not None
+        assert self._steps is not None
+        for copy in copies:
+            row = self._rows[copy.place]
+            if row[0] != copy.serial:
+                row[1], row[0] = 0, copy.serial
+            row[1] = copy.stop
+        self._steps[microbatch] = step
+
+    def step(self, microbatch: int) -> int:
+        """Give the last step of a microbatch that is here whole, or -1."""
+        assert self._steps is not None
+        return int(self._steps[microbatch])
+
+    def rows(self) -> dict[Place, tuple[int, int]]:
+        """Give the request in each row, by its serial, and how many of its tokens are here, from the first on."""
+        assert self._rows is not None
+        places = np.argwhere(self._rows[..., 0] != NOBODY).tolist()
+        return {(m, r): (int(self._rows[m, r, 0]), int(self._rows[m, r, 1])) for m, r in places}
+
+    def restore(self, device: Device, target: Buffer, blocks: Sequence[int], *, stream: Stream) -> int:
+        """Copy whole blocks into a pool of the same layout; give their bytes. Valid once the stream has passed."""
+        runs = self.layout.block_runs(sorted(blocks))
+        for offset, nbytes in zip(runs.offset.tolist(), runs.num_bytes.tolist(), strict=True):
+            device.copy(target.view(offset, nbytes), self.pool.view(offset, nbytes), stream=stream)
+        return int(runs.num_bytes.sum())
+
+    def close(self) -> None:
+        """Unmap the memory; it stays where the keeper has it."""
+        self._steps = self._rows = None
+        self.memory.close()
+
+
+def index_bytes(num_microbatches: int, num_rows: int) -> int:
+    """Count the bytes before a store's blocks."""
+    return -(-8 * num_microbatches * (1 + 2 * num_rows) // ALIGNMENT) * ALIGNMENT
+
+
+def copy_tokens(
+    device: Device, target: Buffer, source: Buffer, layout: PoolLayout, copies: Iterable[RowCopy], *, stream: Stream
+) -> None:
+    """Copy tokens between two pools of one layout, from the same places to the same places: one 2-D copy a block."""
+    height, pitch = 2 * layout.num_layers, layout.plane_bytes
+    reach = (height - 1) * pitch
+    for offset, num_tokens in cut_blocks(layout, copies):
+        width = num_tokens * layout.token_bytes
+        device.copy_2d(
+            target.view(offset, reach + width),
+            source.view(offset, reach + width),
+            width=width,
+            height=height,
+            target_pitch=pitch,
+            source_pitch=pitch,
+            stream=stream,
+        )
+
+
+def block_message(layout: PoolLayout, blocks: Sequence[int]) -> Pieces:
+    """List whole blocks as one message between two pools of the same layout: what a holder sends to restore."""
+    runs = layout.block_runs(sorted(blocks))
+    nbytes = runs.num_bytes
+    return make_pieces(runs.offset, np.cumsum(nbytes) - nbytes, nbytes)
