@@ -10,6 +10,7 @@ BENCHMARKS = {
     "microbench": "Measure KV streaming over every carrier against a plain copy.",
     "calibrate": "Measure what copies fastest here, for the library to choose by.",
     "overhead": "Measure what KV streaming costs serving steps, at each level.",
+    "reproduce": "Do the paper's figures again, ours beside the paper's.",
     "validate": "Hold the simulator's predictions against the engine.",
 }
 

@@ -1,0 +1,102 @@
+"""The paper's figures that this project does again: what to run for each, and what to read off the rows. Pure.
+
+A figure is a YAML file beside this module:
+
+    figure: "8"
+    title: Prompts in a pipeline of their own
+    paper: up to 2 x the throughput of a colocated pipeline
+    runs: {cpu: {command: [bench, disaggregation], note: ...}, gpu: {...}}
+    measures:
+      - name: speed-up, all requests at once
+        paper: 1.88
+        better: higher
+        value: {column: makespan_s, where: {arrangement: colocated}, over: {arrangement: disaggregated}}
+
+`value` names a column and the rows that count; `take` (max by default, min, median, first) makes one number of several,
+and `over` divides by the same column of other rows.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dejavu.errors import ConfigError
+
+Row = Mapping[str, Any]
+TAKE: dict[str, Callable[[Sequence[float]], float]] = {
+    "max": max,
+    "min": min,
+    "median": statistics.median,
+    "first": lambda values: values[0],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Say how to read one number off a benchmark's rows, and what the paper found."""
+
+    name: str
+    value: Mapping[str, Any]
+    paper: float | None = None
+    better: str = "higher"
+
+    def read(self, rows: Sequence[Row]) -> float | None:
+        """Give the number; None where no row fits."""
+        column, take = self.value["column"], TAKE[self.value.get("take", "max")]
+        numbers = select(rows, self.value.get("where", {}), column)
+        if "over" not in self.value:
+            return take(numbers) if numbers else None
+        others = select(rows, self.value["over"], self.value.get("over_column", column))
+        ratios = [a / b for a, b in zip(numbers, others, strict=False) if b]
+        return take(ratios) if ratios else None
+
+    def verdict(self, measured: float | None) -> str:
+        """Say how the number stands to the paper's."""
+        if measured is None:
+            return "not measured"
+        if self.paper is None:
+            return "no number in the paper"
+        reached = measured >= self.paper if self.better == "higher" else measured <= self.paper
+        return "at least as good as the paper's" if reached else "behind the paper's"
+
+
+@dataclass(frozen=True, slots=True)
+class FigurePlan:
+    """Say what a figure of the paper shows, and how it is done again on each kind of machine."""
+
+    figure: str
+    title: str
+    paper: str
+    runs: Mapping[str, Mapping[str, Any]]
+    measures: tuple[Measure, ...]
+
+    @property
+    def stem(self) -> str:
+        """Give the name that the figure's files start with."""
+        return f"figure-{self.figure}"
+
+
+def select(rows: Sequence[Row], where: Mapping[str, Any], column: str) -> list[float]:
+    """Give a column's numbers in the rows that have all the wanted values."""
+    kept = [row for row in rows if all(row.get(name) == value for name, value in where.items())]
+    return [float(row[column]) for row in kept if row.get(column) not in (None, "")]
+
+
+def read_plans(directory: Path = Path(__file__).parent) -> list[FigurePlan]:
+    """Read all figures, in the paper's order."""
+    plans = [read_plan(path) for path in directory.glob("figure-*.yaml")]
+    return sorted(plans, key=lambda plan: int(plan.figure.partition("-")[0]))
+
+
+def read_plan(path: Path) -> FigurePlan:
+    """Read one figure; ConfigError says what is wrong with the file."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        measures = tuple(Measure(**measure) for measure in values.pop("measures"))
+        return FigurePlan(**values, measures=measures)
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} describes no figure ({error}): see another figure-*.yaml") from None

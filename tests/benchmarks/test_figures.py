@@ -1,0 +1,56 @@
+import pytest
+
+from dejavu.benchmarks.figures import Measure, read_plan, read_plans
+from dejavu.errors import ConfigError
+
+ROWS = [
+    {"arrangement": "colocated", "makespan_s": 10.0, "rate": None},
+    {"arrangement": "disaggregated", "makespan_s": 4.0, "rate": None},
+    {"arrangement": "colocated", "makespan_s": 6.0, "rate": 2.0},
+    {"arrangement": "disaggregated", "makespan_s": 5.0, "rate": 2.0},
+]
+
+
+def value(**keys):
+    return Measure("a", {"column": "makespan_s", **keys})
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        (value(), 10.0),
+        (value(take="min"), 4.0),
+        (value(take="median"), 5.5),
+        (value(take="first", where={"rate": 2.0}), 6.0),
+        (value(where={"arrangement": "colocated"}, over={"arrangement": "disaggregated"}), 2.5),
+        (value(where={"arrangement": "colocated"}, over={"arrangement": "disaggregated"}, take="min"), 1.2),
+        (value(where={"arrangement": "none such"}), None),
+        (value(where={"rate": 2.0}, over={"rate": 2.0}, over_column="rate", take="first"), 3.0),
+    ],
+)
+def test_number_is_read_off_the_rows(measure, expected):
+    assert measure.read(ROWS) == expected
+
+
+def test_verdict_knows_which_way_is_better():
+    faster, slower = Measure("a", {}, 1.88), Measure("a", {}, 1.24, "lower")
+    assert faster.verdict(1.9).startswith("at least")
+    assert faster.verdict(1.8).startswith("behind")
+    assert slower.verdict(1.05).startswith("at least")
+    assert slower.verdict(None) == "not measured"
+
+
+def test_every_figure_of_the_package_is_whole():
+    plans = read_plans()
+    assert len({plan.figure for plan in plans}) == len(plans) >= 2
+    for plan in plans:
+        assert plan.runs.keys() <= {"cpu", "gpu"}
+        assert all(run["command"] for run in plan.runs.values())
+        assert all({"column"} <= measure.value.keys() for measure in plan.measures)
+
+
+def test_damaged_description_is_named(tmp_path):
+    path = tmp_path / "figure-1.yaml"
+    path.write_text("figure: '1'\nmeasures: []\n")
+    with pytest.raises(ConfigError, match="describes no figure"):
+        read_plan(path)
