@@ -125,6 +125,17 @@ class ServeConfig(BaseModel):
         "auto", "Failures", "What carries replicas to another host, tcp by default; one host shares memory by default."
     )
 
+    swap: bool = option(
+        False, "Swapping", "Keep the KV of a few microbatches on the device and of all in host memory; not of prompts."
+    )
+    resident: Count = option(2, "Swapping", "Microbatches whose KV is on the device at a time.")
+    host_kv_memory: Bytes | None = option(
+        None, "Swapping", "Host memory of one worker for swapped KV; by default enough for every row.", ge=1
+    )
+    synthetic_link: Bytes | None = option(
+        None, "Swapping", "Bytes per second of the host link that synthetic stages swap over, such as 50G.", ge=1
+    )
+
     workload: str | None = option(
         None, "Workload", "Requests: JSONL lines, or a [[prompt, output(, arrival)], ...] trace."
     )
@@ -169,6 +180,7 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 f"replicate {self.replicate} has no KV to copy with synthetic stages: leave one of them out"
             )
+        self.check_swapping()
         depth = self.token_pp or self.pp
         if self.num_microbatches and self.num_microbatches < depth:
             raise ValueError(
@@ -189,6 +201,23 @@ class ServeConfig(BaseModel):
         for name in ("layers_per_stage", "prompt_chunk"):
             if getattr(self, name):
                 raise ValueError(f"{name} is for colocated pipelines: leave it out with disaggregation")
+
+    def check_swapping(self) -> None:
+        """Refuse what has no meaning without swapping, or a link that is not known."""
+        for name in ("resident", "host_kv_memory", "synthetic_link"):
+            if getattr(self, name) != type(self).model_fields[name].default and not self.swap:
+                raise ValueError(f"{name} is for swapping: give swap too, or leave it out")
+        if self.swap and self.replicate != "off":
+            raise ValueError(f"replicate {self.replicate} does not copy swapped KV yet: leave replicate or swap out")
+        if self.swap and (self.synthetic is None) != (self.synthetic_link is None):
+            raise ValueError(
+                "synthetic stages swap over a link of synthetic_link bytes per second: give both, or neither"
+            )
+
+    def resident_of(self, shape: PipelineShape) -> int:
+        """Give the microbatches of a pipeline that are on the device at a time, or 0 where all are, unswapped."""
+        swaps = self.swap and shape.role != "prompt" and shape.num_microbatches > self.resident
+        return self.resident if swaps else 0
 
     @property
     def is_disaggregated(self) -> bool:

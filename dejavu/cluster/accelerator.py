@@ -53,7 +53,7 @@ def claim_memory(channel: Channel, setup: EngineSetup, placement: Placement, dev
         free_bytes=device.free_bytes(),
         weight_bytes=weight_bytes,
         reserve_bytes=reserve_bytes(setup, placement, shard),
-        pool_bytes=cache.num_blocks * cache.block_size * kv_bytes_per_token(setup, shard),
+        pool_bytes=cache.pool_blocks * cache.block_size * kv_bytes_per_token(setup, shard),
     )
     channel.send(CONTROLLER, room)
     channel.receive(CONTROLLER)

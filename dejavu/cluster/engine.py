@@ -3,8 +3,8 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from dejavu.cluster.accelerator import claim_memory, enter_device, share_memory
-from dejavu.device import Device
+from dejavu.device import Device, Location
 from dejavu.engine.controller import Controller
 from dejavu.engine.flight import Flights
-from dejavu.engine.handover import Mover, NoMover, PromptMover, SyntheticMover, TokenMover
+from dejavu.engine.handover import Mover, Movers, NoMover, PromptMover, SyntheticMover, TokenMover
 from dejavu.engine.inlet import HostInlet, Inlet, NoInlet, StagedInlet
 from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
 from dejavu.engine.messages import Ready, Report
+from dejavu.engine.residency import Residency
 from dejavu.engine.rows import RowTable
 from dejavu.engine.scheduler import Scheduler
 from dejavu.engine.seating import Colocated, Disaggregated, Lane, Seating, peak_blocks
@@ -26,15 +27,17 @@ from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sink import NextStage, Sampling, Sink, StagedNextStage, ToLeader, ToSum
 from dejavu.engine.sizing import CacheSize
 from dejavu.engine.source import Scheduled, Source, Upstream
+from dejavu.engine.swapping import SwapMover
 from dejavu.engine.text import StreamFactory
 from dejavu.engine.timeline import DeviceTimeline, HostTimeline, Timeline
-from dejavu.engine.worker import Stage, Worker
+from dejavu.engine.worker import BlockTable, GivenBlocks, Stage, Worker
 from dejavu.errors import CapacityError
 from dejavu.kv.layout import PoolLayout, RowMap
 from dejavu.kv.plan import Resharding
 from dejavu.kv.pool import KVPool
 from dejavu.kv.side import CacheSide, RankCache
 from dejavu.kv.stream import Level
+from dejavu.kv.swap import PoolLink, SimulatedLink
 from dejavu.measure.clock import ClockSample, RunClock, estimate_offset
 from dejavu.measure.cpu import CpuMeter, CpuUsage
 from dejavu.model.spec import Shard
@@ -91,7 +94,12 @@ def make_seating(channel: Channel, setup: EngineSetup) -> Seating:
     for pipeline, cache in zip(setup.topology.pipelines, setup.caches, strict=True):
         shape, prompts_only = pipeline.shape, pipeline.role is Role.PROMPT
         table = RowTable(
-            shape.num_microbatches, shape.microbatch_size, cache.block_size, cache.num_blocks, prompts_only
+            shape.num_microbatches,
+            shape.microbatch_size,
+            cache.block_size,
+            cache.num_blocks,
+            prompts_only,
+            cache.blocks_per_row if cache.is_swapped else 0,
         )
         lanes.append(Lane(pipeline.ranks, table))
     if not setup.config.is_disaggregated:
@@ -144,12 +152,15 @@ def run_worker(channel: Channel, setup: EngineSetup) -> None:
         all_reduce = make_all_reduce(site)
         stage, weight_bytes = make_stage(site, all_reduce)
         claim_memory(channel, setup, placement, site.device, weight_bytes)
-        mover, pool = make_mover(site, comm, stack)
+        swap = make_swap(site, stack) if site.cache.is_swapped else None
+        mover, pool = make_mover(site, comm, stack, swap)
         channel.send(CONTROLLER, Ready(time.monotonic() - started))
-        worker = make_worker(site, stage, pool, mover, all_reduce, join_clock(channel))
+        clock = join_clock(channel)
+        worker = make_worker(site, stage, pool, swap.mover.books if swap else GivenBlocks(), mover, all_reduce, clock)
         meter = CpuMeter()
         worker.run()
-        channel.send(CONTROLLER, Report(worker.flights.steps, meter.read(), worker.flights.host_s))
+        report = Report(worker.flights.steps, meter.read(), worker.flights.host_s)
+        channel.send(CONTROLLER, mover.report(report, channel.rank, clock.at_s))
 
 
 @contextmanager
@@ -236,26 +247,63 @@ def make_all_reduce(site: Site) -> AllReduce | None:
     return staged if site.setup.on_cuda else all_reduce
 
 
-def make_mover(site: Site, comm: Any, stack: ExitStack) -> tuple[Mover, Tensor]:
+@dataclass(frozen=True, slots=True)
+class SwappedMemory:
+    """Hold a rank's swapped KV memory: the device's part [block, layer, k/v, token, kv_head, head_dim], and all of it.
+
+    Synthetic stages have none.
+    """
+
+    mover: SwapMover
+    tensor: Tensor
+    host: KVPool | None
+
+
+def make_swap(site: Site, stack: ExitStack) -> SwappedMemory:
+    """Take swapped KV memory, of zeros, and what swaps it; `stack` gives both back."""
+    setup, shape, cache, device = site.setup, site.pipeline.shape, site.cache, site.device
+    books = Residency(shape.num_microbatches, shape.microbatch_size, cache.blocks_per_row, setup.config.resident)
+    whole = rank_cache(setup, site.placement)
+    if setup.config.synthetic_link:
+        simulated = SimulatedLink(whole.layout.bytes_per_token, setup.config.synthetic_link)
+        mover = SwapMover(device, books, simulated, device.compute_stream)
+        return SwappedMemory(stack.enter_context(closing(mover)), make_pool(site, stack), None)
+    layout = replace(whole.layout, num_blocks=cache.device_blocks)
+    memory = stack.enter_context(device.allocate_exportable(layout.total_bytes))
+    host = stack.enter_context(KVPool(device, whole, make_rows(site), dtype_of(setup), location=Location.HOST))
+    for buffer in (memory, host.memory):
+        device.fill(buffer, 0, stream=device.compute_stream)
+    mover = SwapMover(device, books, PoolLink(device, layout, memory, host.memory), device.compute_stream)
+    tensor = memory.view(0, layout.total_bytes).tensor(dtype_of(setup), layout.shape)
+    return SwappedMemory(stack.enter_context(closing(mover)), tensor, host)
+
+
+def make_mover(site: Site, comm: Any, stack: ExitStack, swap: SwappedMemory | None = None) -> tuple[Mover, Tensor]:
     """Take this rank's KV memory, and what moves KV in or out of it; `stack` gives both back.
 
     The memory is zeros [block, layer, k/v, token, kv_head, head_dim].
     """
     setup, role = site.setup, site.pipeline.role
     if not setup.moves_kv:
-        mover = SyntheticMover(site.channel) if setup.config.is_disaggregated else NoMover()
-        return mover, make_pool(site, stack)
+        mover: Mover = SyntheticMover(site.channel) if setup.config.is_disaggregated else NoMover()
+        return (Movers([swap.mover, mover]), swap.tensor) if swap else (mover, make_pool(site, stack))
     from dejavu.transport.registry import open_carrier
 
     level, device = Level(setup.config.stream_level), site.device
-    pool = stack.enter_context(KVPool(device, rank_cache(site.setup, site.placement), make_rows(site), dtype_of(setup)))
     carrier = stack.enter_context(open_carrier(setup.config.transport, device, comm, gathering=level.gathering))
     sides = [
         CacheSide(tuple(rank_cache(setup, p) for p in setup.topology.workers_of(pipeline)), {})
         for pipeline in setup.topology.pipelines
     ]
+    resharding = Resharding(*sides)
+    if swap:
+        assert swap.host
+        # A prompt lands in host memory, behind the flushes for whoever had its blocks before.
+        landing = TokenMover(site.channel, carrier, swap.host, resharding, level, swap.mover.lanes.flush_stream)
+        return Movers([swap.mover, landing]), swap.tensor
+    pool = stack.enter_context(KVPool(device, rank_cache(site.setup, site.placement), make_rows(site), dtype_of(setup)))
     kind = PromptMover if role is Role.PROMPT else TokenMover
-    return kind(site.channel, carrier, pool, Resharding(*sides), level, device.compute_stream), pool.tensor.zero_()
+    return kind(site.channel, carrier, pool, resharding, level, device.compute_stream), pool.tensor.zero_()
 
 
 def rank_cache(setup: EngineSetup, placement: Placement) -> RankCache:
@@ -299,7 +347,13 @@ def make_pool(site: Site, stack: ExitStack) -> Tensor:
 
 
 def make_worker(
-    site: Site, stage: Stage, pool: Tensor, mover: Mover, all_reduce: AllReduce | None, clock: RunClock
+    site: Site,
+    stage: Stage,
+    pool: Tensor,
+    blocks: BlockTable,
+    mover: Mover,
+    all_reduce: AllReduce | None,
+    clock: RunClock,
 ) -> Worker:
     """Connect a worker to the ranks before and behind it."""
     pipeline, config = site.pipeline, site.setup.config
@@ -313,6 +367,7 @@ def make_worker(
         config.max_prompt_tokens,
         site.setup.spec.eos_token_ids,
         prompts_only=pipeline.role is Role.PROMPT,
+        tells_seats=site.cache.is_swapped,
     )
     flights = Flights(site.channel.rank, (pipeline.first_stage + stage_index, tp_rank), clock.now_s)
     source: Source = Upstream(site.channel, mover, flights)
@@ -322,6 +377,7 @@ def make_worker(
         site.channel,
         stage,
         pool,
+        blocks,
         make_inlet(site, stage),
         source,
         make_sink(site, all_reduce, scheduler, clock),

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dejavu.cluster.accelerator import accelerator_index
@@ -13,15 +13,17 @@ from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.process import refuse
 from dejavu.config import ServeConfig
 from dejavu.device import cuda_device_name
+from dejavu.device.host_memory import available_bytes
 from dejavu.engine.controller import Controller
 from dejavu.engine.setup import EngineSetup
+from dejavu.engine.sizing import CacheSize, check_host_memory, describe_capacity
 from dejavu.errors import UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
 from dejavu.measure.records import RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
 from dejavu.measure.summary import Limits, Summary
 from dejavu.request import Completion
-from dejavu.topology import CONTROLLER, Topology
+from dejavu.topology import CONTROLLER, Role, Topology
 from dejavu.transport.mpi import Channel
 
 STATUS_EVERY_S = 0.2
@@ -60,11 +62,13 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     workers = range(1, channel.size)
     try:
         job = prepare(config, channel.size)
+        check_host_memory(job.setup.topology, swapped_caches(job.setup), channel.near, available_bytes())
         directory = open_run_directory(config)
     except UsageError as error:
         for rank in workers:
             channel.send(rank, None)
         return refuse(error)
+    show_capacity(job.setup)
     for rank in workers:
         channel.send(rank, (job.setup, str(directory.path.absolute())))
     places = [(host_name(), cpu_model()), *(channel.receive(rank, channel.deadline_s)[1] for rank in workers)]
@@ -78,6 +82,27 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     show(completions if config.workload else [], summary, directory)  # what follows random prompts says nothing
     directory.write_result("ok", 0)
     return 0
+
+
+def swapped_caches(setup: EngineSetup) -> tuple[CacheSize, ...]:
+    """Give the sizes of the memory that is really taken: synthetic stages have none."""
+    return tuple(replace(cache, device_blocks=0) if setup.config.synthetic else cache for cache in setup.caches)
+
+
+def show_capacity(setup: EngineSetup) -> None:
+    """Print how many rows fit with and without swapping, where either that or the memory was asked for."""
+    from rich.console import Console
+
+    config, pipelines = setup.config, setup.topology.pipelines
+    if not config.swap and config.kv_memory is None:
+        return
+    lines = [
+        describe_capacity(config, pipeline, cache)
+        for pipeline, cache in zip(pipelines, setup.caches, strict=True)
+        if pipeline.role is not Role.PROMPT
+    ]
+    for line in dict.fromkeys(lines):
+        Console().print(line, soft_wrap=True, highlight=False)
 
 
 def open_run_directory(config: ServeConfig) -> RunDirectory:
@@ -151,12 +176,14 @@ def write_results(directory: RunDirectory, job: Job, completions: list[Completio
     """Write the CSV files, the trace and the outputs."""
     setup = job.setup
     steps = sorted((step for report in outcome.reports.values() for step in report.steps), key=lambda s: s.start_s)
+    transfers = sorted((t for report in outcome.reports.values() for t in report.transfers), key=lambda t: t.start_s)
     names = {0: "controller"} | {
         p.rank: f"{p.role} stage {p.stage} tensor rank {p.shard.tp_rank}" for p in setup.topology.workers if p.shard
     }
     summary = directory.write_records(
         completions,
         steps,
+        transfers,
         rank_names=names,
         num_stages=setup.topology.num_stages,
         peak_kv_bytes=max(n * cache.block_bytes for n, cache in zip(outcome.peak_blocks, setup.caches, strict=True)),

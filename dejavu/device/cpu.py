@@ -25,6 +25,7 @@ from dejavu.device.base import (
 from dejavu.device.cpu_memory import BorrowedMemory, SharedMemory, create_memory, map_fd, open_handle
 from dejavu.device.cpu_stream import CpuEvent, CpuStream, InlineStream, SharedEvent, ThreadStream
 from dejavu.device.flags import Flag
+from dejavu.device.host_memory import available_bytes, meminfo
 from dejavu.device.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class CpuDevice(Device):
         return torch.device("cpu")
 
     def free_bytes(self) -> int:
-        """Give the memory that the kernel calls available."""
-        return _meminfo("MemAvailable")
+        """Give the memory that the kernel calls available, within this process's control group."""
+        return available_bytes()
 
     def num_devices(self) -> int:
         """Give 1."""
@@ -262,7 +263,7 @@ def _properties() -> DeviceProperties:
         name=_processor_name(),
         kind="cpu",
         index=0,
-        total_bytes=_meminfo("MemTotal"),
+        total_bytes=meminfo("MemTotal"),
         num_multiprocessors=len(os.sched_getaffinity(0)),
         architecture=platform.machine(),
         bus_id="",
@@ -275,11 +276,3 @@ def _processor_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.machine()
-
-
-def _meminfo(key: str) -> int:
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    raise DeviceError(f"/proc/meminfo has no {key}: this program needs Linux with /proc mounted")

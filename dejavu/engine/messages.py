@@ -94,6 +94,7 @@ class Work:
     rows: tuple[RowWork, ...]
     admissions: tuple[Admission, ...]
     token_ids: tuple[int, ...]
+    seated: tuple[Admission, ...] = ()  # in other microbatches since the last pass, with their prompts' KV: to fetch
     start_s: float = 0.0  # when the first stage took it up, on the controller's clock
 
     @property

@@ -55,6 +55,7 @@ class RowTable:
     block_size: int
     num_blocks: int
     prompts_only: bool = False
+    blocks_per_row: int = 0  # the most of a row; 0 is any number
     blocks: BlockAllocator = field(init=False)
     occupants: dict[tuple[int, int], Admission] = field(default_factory=dict)
 

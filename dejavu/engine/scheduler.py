@@ -45,7 +45,8 @@ class Scheduler:
 
     New prompts go first, whole (`prompt_chunk` 0), up to `max_prompt_tokens` in a pass; then every row takes a token
     step. With a `prompt_chunk` each pass takes the token steps and up to so many prompt tokens together. With
-    `prompts_only` a request ends here with its first token.
+    `prompts_only` a request ends here with its first token. With `tells_seats` each pass also tells who was seated with
+    a prompt that another pipeline has processed, before its own first pass, for ranks that swap.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class Scheduler:
         max_prompt_tokens: int,
         eos_token_ids: tuple[int, ...],
         prompts_only: bool = False,
+        tells_seats: bool = False,
     ) -> None:
         self.microbatches = [Microbatch(index) for index in range(num_microbatches)]
         self.prompt_chunk = prompt_chunk
         self.max_prompt_tokens = max_prompt_tokens
         self.eos_token_ids = eos_token_ids
         self.prompts_only = prompts_only
+        self.tells_seats = tells_seats
+        self.seated: list[Admission] = []  # that no pass has told the other stages of
         self.places: dict[int, tuple[Microbatch, int]] = {}  # serial → (microbatch, row) of every live request
         self.turn = 0
 
@@ -71,6 +75,8 @@ class Scheduler:
             self.release(previous.admission.serial)
         microbatch.rows[admission.row] = RowProgress.begin(admission)
         self.places[admission.serial] = microbatch, admission.row
+        if self.tells_seats and admission.first_token is not None:
+            self.seated.append(admission)
 
     def release(self, serial: int) -> None:
         """Drop a request, if it is still there: no further step is started for it."""
@@ -125,7 +131,9 @@ class Scheduler:
         for progress, num_new in rows:
             token_ids += take_tokens(progress, num_new)
             row_works.append(advance(progress, num_new))
-        work = Work(microbatch.step, microbatch.index, tuple(row_works), admissions, tuple(token_ids))
+        seated = tuple(seat for seat in self.seated if seat not in admissions)
+        self.seated.clear()
+        work = Work(microbatch.step, microbatch.index, tuple(row_works), admissions, tuple(token_ids), seated)
         microbatch.step += 1
         microbatch.in_flight = True
         return work

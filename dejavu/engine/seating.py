@@ -33,7 +33,12 @@ class Lane:
 
     def check(self, request: Request) -> None:
         """Raise CapacityError if the pipeline's pool could never hold a request."""
-        needed = self.table.blocks_needed(request)
+        needed, most = self.table.blocks_needed(request), self.table.blocks_per_row
+        if 0 < most < needed:
+            raise CapacityError(
+                f"request {request.request_id!r} needs {needed} KV blocks of {self.table.block_size} tokens "
+                f"and a swapped row has {most}: raise --row-len, or shorten it"
+            )
         if needed > self.table.num_blocks:
             raise CapacityError(
                 f"request {request.request_id!r} needs {needed} KV blocks of {self.table.block_size} tokens "

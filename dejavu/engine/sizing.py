@@ -1,11 +1,12 @@
 """How much KV memory a run needs and gets: pure arithmetic, done before any memory is taken."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from dejavu.config import ServeConfig
 from dejavu.engine.rows import kv_tokens
 from dejavu.errors import CapacityError, ConfigError
+from dejavu.measure.render import format_bytes
 from dejavu.model.spec import ModelSpec, Shard
 from dejavu.request import Request
 from dejavu.topology import Pipeline, Role, Topology
@@ -22,11 +23,27 @@ class CacheSize:
     block_size: int
     num_blocks: int
     block_bytes: int  # of the rank with the most layers
+    device_blocks: int = 0  # of the part that is on the device, where the pool is in host memory and swapped; else 0
 
     @property
     def blocks_per_row(self) -> int:
         """Give the blocks of a full row."""
         return -(-self.row_len // self.block_size)
+
+    @property
+    def is_swapped(self) -> bool:
+        """Tell whether the pool lies in host memory, and only a part of it on the device."""
+        return self.device_blocks > 0
+
+    @property
+    def pool_blocks(self) -> int:
+        """Count the blocks on the device."""
+        return self.device_blocks or self.num_blocks
+
+    @property
+    def host_bytes(self) -> int:
+        """Count the bytes of a rank's pool in host memory."""
+        return self.num_blocks * self.block_bytes if self.is_swapped else 0
 
 
 def choose_row_len(config: ServeConfig, spec: ModelSpec, requests: Iterable[Request] = ()) -> int:
@@ -66,6 +83,9 @@ def size_cache(
     per_row = -(-row_len // block_size)
     extra_rows = config.num_handover_rows if pipeline.role is Role.TOKEN else 0
     num_blocks = (pipeline.shape.num_rows + extra_rows) * per_row
+    wanted = CacheSize(row_len, block_size, num_blocks, block_bytes)
+    if resident := config.resident_of(pipeline.shape):
+        return fit_swapped(config, wanted, resident * pipeline.shape.microbatch_size)
     if config.kv_memory is not None:
         num_blocks = min(num_blocks, config.kv_memory // block_bytes)
     if num_blocks < per_row:
@@ -73,7 +93,58 @@ def size_cache(
             f"kv_memory {config.kv_memory} bytes holds {num_blocks} blocks of {block_size} tokens and one row of "
             f"{row_len} tokens needs {per_row}: give at least {per_row * block_bytes} bytes, or a shorter row_len"
         )
-    return CacheSize(row_len, block_size, num_blocks, block_bytes)
+    return replace(wanted, num_blocks=num_blocks)
+
+
+def fit_swapped(config: ServeConfig, wanted: CacheSize, resident_rows: int) -> CacheSize:
+    """Size a swapped cache: the resident rows on the device, and in host memory as many blocks as are wanted or fit."""
+    row_bytes = wanted.blocks_per_row * wanted.block_bytes
+    if config.kv_memory is not None and resident_rows * row_bytes > config.kv_memory:
+        raise CapacityError(
+            f"kv_memory {config.kv_memory} bytes holds {config.kv_memory // row_bytes} rows of {wanted.row_len} tokens "
+            f"and {config.resident} resident microbatches have {resident_rows}: give {resident_rows * row_bytes} "
+            "bytes, or a smaller microbatch_size or row_len"
+        )
+    num_blocks = wanted.num_blocks
+    if config.host_kv_memory is not None:
+        num_blocks = min(num_blocks, config.host_kv_memory // wanted.block_bytes)
+    if num_blocks < wanted.blocks_per_row:
+        raise CapacityError(
+            f"host_kv_memory {config.host_kv_memory} bytes holds no row of {wanted.row_len} tokens: "
+            f"give at least {row_bytes} bytes, or a shorter row_len"
+        )
+    return replace(wanted, num_blocks=num_blocks, device_blocks=resident_rows * wanted.blocks_per_row)
+
+
+def check_host_memory(topology: Topology, caches: Sequence[CacheSize], ranks: Container[int], available: int) -> None:
+    """Raise CapacityError if the swapped KV of those of the `ranks` that swap, all on one host, is not `available`."""
+    needed = sum(caches[place.pipeline].host_bytes for place in topology.workers if place.rank in ranks)
+    if needed > available:
+        raise CapacityError(
+            f"swapping needs {format_bytes(needed)} of host memory on this host and {format_bytes(available)} are "
+            "available: give a smaller host_kv_memory, num_microbatches, microbatch_size or row_len"
+        )
+
+
+def describe_capacity(config: ServeConfig, pipeline: Pipeline, cache: CacheSize) -> str:
+    """Say how many rows the device memory of a worker holds with and without swapping, and what the host gives.
+
+    Of `kv_memory`, or of what the run takes; microbatches have equally many rows.
+    """
+    shape, row_bytes = pipeline.shape, cache.blocks_per_row * cache.block_bytes
+    device_bytes = config.kv_memory or cache.pool_blocks * cache.block_bytes
+    resident = min(config.resident, shape.num_microbatches)
+    plain, swapped = (
+        device_bytes // row_bytes // n * shape.num_microbatches for n in (shape.num_microbatches, resident)
+    )
+    text = (
+        f"{pipeline.role} pipeline: {format_bytes(device_bytes)} of device memory for KV hold {plain} rows of "
+        f"{cache.row_len} tokens without swapping and {swapped} with it ({resident} of {shape.num_microbatches} "
+        "microbatches resident)"
+    )
+    if not cache.is_swapped:
+        return text
+    return f"{text}; {shape.num_rows} rows are swapped through {format_bytes(cache.host_bytes)} of host memory a worker"
 
 
 def activation_bytes(spec: ModelSpec, shard: Shard, num_tokens: int, num_rows: int, dtype: str) -> int:
@@ -110,7 +181,7 @@ def share_of(rooms: Mapping[int, Room], rank: int) -> float:
 
 def rows_that_fit(rooms: Mapping[int, Room], rank: int, cache: CacheSize) -> int:
     """Count the full rows of a rank's pipeline for which its GPU has room."""
-    return int(share_of(rooms, rank) * cache.num_blocks) // cache.blocks_per_row
+    return int(share_of(rooms, rank) * cache.pool_blocks) // cache.blocks_per_row
 
 
 def check_rooms(rooms: Mapping[int, Room], caches: Mapping[int, CacheSize]) -> None:
@@ -124,7 +195,7 @@ def check_rooms(rooms: Mapping[int, Room], caches: Mapping[int, CacheSize]) -> N
     rank = min(short, key=lambda rank: rows_that_fit(rooms, rank, caches[rank]))
     room, cache = rooms[rank], caches[rank]
     raise CapacityError(
-        f"{cache.num_blocks // cache.blocks_per_row} rows of {cache.row_len} tokens need {gb(room.pool_bytes)} of KV "
+        f"{cache.pool_blocks // cache.blocks_per_row} rows of {cache.row_len} tokens need {gb(room.pool_bytes)} of KV "
         f"memory on rank {rank}, and {room.gpu} has {gb(room.free_bytes)} free with {gb(room.reserve_bytes)} kept for "
         f"activations: {rows_that_fit(rooms, rank, cache)} rows would fit, so lower --microbatch-size, --row-len or "
         "--kv-memory"
@@ -138,7 +209,7 @@ def describe_rooms(rooms: Mapping[int, Room], caches: Mapping[int, CacheSize]) -
 
 def describe_room(rank: int, rooms: Mapping[int, Room], cache: CacheSize) -> str:
     """Say how one worker's GPU is shared out."""
-    room, num_rows = rooms[rank], cache.num_blocks // cache.blocks_per_row
+    room, num_rows = rooms[rank], cache.pool_blocks // cache.blocks_per_row
     return (
         f"rank {rank} on {room.gpu}, {room.name}: {gb(room.total_bytes)}, weights {gb(room.weight_bytes)}, "
         f"KV pool {gb(room.pool_bytes)} = {num_rows} rows of {cache.row_len} tokens in blocks of {cache.block_size}, "

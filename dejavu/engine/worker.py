@@ -10,7 +10,7 @@ from torch import Tensor
 from dejavu.engine.flight import Flight, Flights
 from dejavu.engine.handover import Mover
 from dejavu.engine.inlet import Inlet
-from dejavu.engine.messages import Stop, Work
+from dejavu.engine.messages import Admission, Stop, Work
 from dejavu.engine.sink import Sink
 from dejavu.engine.source import Source
 from dejavu.engine.timeline import Timeline
@@ -33,6 +33,31 @@ class Stage(Protocol):
         """
 
 
+class BlockTable(Protocol):
+    """Know in which blocks of this rank's pool the rows of its microbatches lie."""
+
+    def admit(self, admission: Admission) -> None:
+        """Let a request take a row."""
+
+    def find(self, microbatch: int, row: int) -> list[int]:
+        """Give a row's blocks, in the order of its tokens."""
+
+
+class GivenBlocks:
+    """Take blocks as the controller gave them out: a row has the same ones to its end."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[tuple[int, int], list[int]] = {}
+
+    def admit(self, admission: Admission) -> None:
+        """Note the blocks."""
+        self.blocks[admission.microbatch, admission.row] = list(admission.blocks)
+
+    def find(self, microbatch: int, row: int) -> list[int]:
+        """Give the blocks."""
+        return self.blocks[microbatch, row]
+
+
 class Worker:
     """Run passes until the source has no more: take, compute, hand on, record.
 
@@ -44,6 +69,7 @@ class Worker:
         channel: Channel,
         stage: Stage,
         pool: Tensor,
+        blocks: BlockTable,
         inlet: Inlet,
         source: Source,
         sink: Sink,
@@ -69,7 +95,7 @@ class Worker:
         self.timeline = timeline
         self.followers = followers
         self.peers = peers
-        self.blocks: dict[tuple[int, int], list[int]] = {}
+        self.blocks = blocks
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -86,10 +112,11 @@ class Worker:
         for rank in self.peers:
             self.channel.send(rank, work)
         for admission in work.admissions:
-            self.blocks[admission.microbatch, admission.row] = list(admission.blocks)
+            self.blocks.admit(admission)
         hidden = self.inlet.take(work)
         start = self.timeline.mark()
-        output = self.stage.forward(self.batch(work), hidden, self.pool, self.mover.begin(work))
+        layer_done = self.mover.begin(work)  # before the batch: it may decide where rows lie
+        output = self.stage.forward(self.batch(work), hidden, self.pool, layer_done)
         self.mover.end(work)
         computed = self.timeline.mark()
         finish = self.sink.put(work, output)
@@ -102,7 +129,7 @@ class Worker:
             token_ids=torch.tensor(work.token_ids, dtype=torch.int64),
             num_new=[row.num_new for row in work.rows],
             context=[row.context for row in work.rows],
-            blocks=[self.blocks[work.microbatch, row.row] for row in work.rows],
+            blocks=[self.blocks.find(work.microbatch, row.row) for row in work.rows],
             logit_rows=[index for index, row in enumerate(work.rows) if row.samples],
             prompt_share=work.prompt_share,
         )

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from types import NoneType
@@ -40,6 +40,7 @@ class StepRecord:
     start_s: float
     compute_end_s: float
     end_s: float
+    swap_stall_ms: float = 0.0  # of the computing: what it waited for swapped KV
 
 
 @dataclass(slots=True)
@@ -153,20 +154,25 @@ def format_cell(value: object) -> str:
 def read_csv(path: Path, row_type: type[Row]) -> list[Row]:
     """Read what `write_csv` wrote; columns that `row_type` does not know are passed over.
 
+    A column that older runs do not have is a field with a default.
+
     Raises UsageError naming the file, and the line, that is missing, incomplete or malformed.
     """
     hints = get_type_hints(row_type)
     parsers = {field.name: parser(hints[field.name]) for field in fields(row_type)}
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [row_type(**values) for values in parse_rows(path, csv.reader(file), parsers)]
+            lines = csv.reader(file)
+            header: list[str] = next(lines, [])
+            optional = [field.name for field in fields(row_type) if field.default is not MISSING]
+            wanted = {name: parse for name, parse in parsers.items() if name in header or name not in optional}
+            return [row_type(**values) for values in parse_rows(path, header, lines, wanted)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"cannot read {path}: {error}") from None
 
 
-def parse_rows(path: Path, lines: Any, parsers: Mapping[str, Parse]) -> Iterator[dict[str, Any]]:
-    """Yield the wanted cells of each line, parsed; `lines` is a csv reader."""
-    header: list[str] = next(lines, [])
+def parse_rows(path: Path, header: list[str], lines: Any, parsers: Mapping[str, Parse]) -> Iterator[dict[str, Any]]:
+    """Yield the wanted cells of each line, parsed; `lines` is a csv reader behind the header."""
     missing = [name for name in parsers if name not in header]
     if missing:
         raise UsageError(f"{path} has no column {missing[0]!r}: name a file that `dejavu serve` wrote")

@@ -84,7 +84,7 @@ def test_numpy_numbers_are_written_as_numbers(tmp_path):
     step = StepRecord(1, 0, 0, 0, 7, "mixed", 2, 9, np.float64(0.1), np.float64(0.2), float("nan"))
     step.rank = np.int64(1)
     write_csv(tmp_path / "steps.csv", [step], StepRecord)
-    assert (tmp_path / "steps.csv").read_text().splitlines()[1] == "1,0,0,0,7,mixed,2,9,0.1,0.2,"
+    assert (tmp_path / "steps.csv").read_text().splitlines()[1] == "1,0,0,0,7,mixed,2,9,0.1,0.2,,0.0"
 
 
 def test_no_rows_leave_a_header_that_reads_as_no_rows(tmp_path):
@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-STEP = "1,0,0,0,7,token,2,9,0.0,0.1,0.2"
+STEP = "1,0,0,0,7,token,2,9,0.0,0.1,0.2,3.5"
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,11 @@ def test_further_columns_in_another_order_are_passed_over(tmp_path):
     path = tmp_path / "steps.csv"
     names = [field.name for field in fields(StepRecord)]
     path.write_text(",".join(["new", *reversed(names)]) + "\n" + ",".join(["x", *reversed(STEP.split(","))]) + "\n")
-    assert read_csv(path, StepRecord) == [StepRecord(1, 0, 0, 0, 7, "token", 2, 9, 0.0, 0.1, 0.2)]
+    assert read_csv(path, StepRecord) == [StepRecord(1, 0, 0, 0, 7, "token", 2, 9, 0.0, 0.1, 0.2, 3.5)]
+
+
+def test_column_that_older_runs_do_not_have_gets_its_default(tmp_path):
+    path = tmp_path / "steps.csv"
+    names = [field.name for field in fields(StepRecord)]
+    path.write_text(",".join(names[:-1]) + "\n" + STEP.rpartition(",")[0] + "\n")
+    assert read_csv(path, StepRecord)[0].swap_stall_ms == 0.0

@@ -1,0 +1,126 @@
+"""Keep the KV of a few microbatches on the device and that of all in host memory, beside the passes.
+
+A pass waits, on its stream, until its microbatch is there; behind it, its new tokens are flushed, and then the
+microbatches of the next passes are fetched into slots that others have left. The host waits for none of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from dejavu.device.base import Device, Event, Stream
+from dejavu.engine.handover import LayerDone, NoMover
+from dejavu.engine.messages import Report, Work
+from dejavu.engine.residency import Residency
+from dejavu.kv.swap import Lanes, Link, Part
+from dejavu.measure.records import TransferRecord
+
+Stalls = dict[tuple[int, int], tuple[Event, Event]]  # by microbatch and step: around the wait of its compute
+
+
+class SwapMover(NoMover):
+    """Swap one rank's microbatches.
+
+    After `end` of a pass, the work of `lanes.flush_stream` includes the flush of its new tokens: whatever is queued
+    there later, or behind its events, finds them in host memory (a replica's copy to another rank, say).
+    """
+
+    def __init__(self, device: Device, books: Residency, link: Link, stream: Stream) -> None:
+        """Order fetches before, and flushes behind, what `stream` computes."""
+        self.books = books
+        self.stream = stream
+        self.lanes = Lanes(device, link)
+        self._computed = device.create_event()
+        self._flushed = [device.create_event() for _ in range(books.num_microbatches)]
+        self._fetched = [device.create_event() for _ in range(books.num_microbatches)]
+        self._awaited: set[int] = set()  # microbatches with a fetch that no pass has waited for
+        self._stalls: Stalls = {}
+        self.stalls_ms: dict[tuple[int, int], float] = {}
+
+    def begin(self, work: Work) -> LayerDone | None:
+        """Bring the pass's microbatch in, where it is not, and make compute wait for it."""
+        for admission in (*work.seated, *work.admissions):
+            self.books.admit(admission)
+        microbatch = work.microbatch
+        wanted = [microbatch, *self.books.upcoming(microbatch)][: len(self.books.slots)]
+        if microbatch not in self.books.slots:
+            self.bring_in(microbatch, wanted)
+        self.fetch(microbatch, self.books.fetch_for(work))
+        if microbatch in self._awaited:
+            self._awaited.discard(microbatch)
+            start = self.lanes.mark(self.stream)
+            self._fetched[microbatch].wait(self.stream)
+            self._stalls[microbatch, work.step] = start, self.lanes.mark(self.stream)
+        self.prepare(wanted[1:], wanted)
+        return None
+
+    def end(self, work: Work) -> None:
+        """Flush the pass's new tokens, then bring in what comes next."""
+        self._computed.record(self.stream)
+        parts = self.books.computed(work)
+        self.lanes.run("flush", parts, [self._computed], self._flushed[work.microbatch])
+        coming = self.books.upcoming(work.microbatch)
+        self.prepare(coming, coming)
+        self.look()
+
+    def prepare(self, coming: Sequence[int], wanted: Sequence[int]) -> None:
+        """Bring microbatches in, in this order, and what is missing of those that are in; the `wanted` ones stay."""
+        for microbatch in coming:
+            if microbatch not in self.books.slots:
+                self.bring_in(microbatch, wanted)
+            self.fetch(microbatch, self.books.fetch_all(microbatch))
+
+    def bring_in(self, microbatch: int, wanted: Sequence[int]) -> None:
+        """Give a slot to a microbatch, once what was there has been flushed."""
+        leaving = self.books.bring_in(microbatch, wanted)
+        if leaving is not None:
+            self._awaited.discard(leaving)
+            self.lanes.run("fetch", [], [self._flushed[leaving]], self._fetched[microbatch])
+            self._awaited.add(microbatch)
+
+    def fetch(self, microbatch: int, parts: Sequence[Part]) -> None:
+        """Fetch parts of a microbatch that has a slot, behind its last pass and the flush of it."""
+        if parts:
+            self.lanes.run("fetch", parts, [self._flushed[microbatch]], self._fetched[microbatch])
+            self._awaited.add(microbatch)
+
+    def look(self) -> float:
+        """Take note of what has ended; raise the error of a copy that failed. Nobody waits for it."""
+        self.lanes.look()
+        for key, (start, end) in list(self._stalls.items()):
+            if end.query():
+                self.stalls_ms[key] = end.elapsed_ms(start)
+                self.lanes.recycle(start, end)
+                del self._stalls[key]
+        return float("inf")
+
+    def settle(self) -> None:
+        """Wait until all is done and known."""
+        self.stream.synchronize()
+        self.lanes.settle()
+        self.look()
+
+    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+        """Add to a rank's records what its passes have waited for, and its fetches and flushes, when all is done.
+
+        `run_time` turns moments of the monotonic clock into those of the run.
+        """
+        self.settle()
+        stalls_ms = self.stalls_ms
+        steps = [replace(s, swap_stall_ms=stalls_ms.get((s.microbatch, s.step), 0.0)) for s in report.steps]
+        return replace(report, steps=steps, transfers=report.transfers + self.transfers(rank, run_time))
+
+    def transfers(self, rank: int, run_time: Callable[[float], float]) -> list[TransferRecord]:
+        """Give all fetches and flushes of this rank."""
+        return [
+            TransferRecord(rank, m.direction, "local", rank, rank, m.nbytes, run_time(m.start_s), run_time(m.end_s))
+            for m in self.lanes.moved
+        ]
+
+    def close(self) -> None:
+        """Finish what is on its way, and give streams and events back."""
+        self.lanes.close()
+        for event in (self._computed, *self._flushed, *self._fetched):
+            event.close()
+        for timers in self._stalls.values():
+            for event in timers:
+                event.close()

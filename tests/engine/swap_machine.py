@@ -1,0 +1,210 @@
+"""A rank that swaps, without ranks: it is fed passes, and each checks what it reads against a naive copy of all KV."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dejavu.device import open_device
+from dejavu.device.base import Device, Stream
+from dejavu.device.cpu_stream import CpuStream
+from dejavu.engine.messages import Admission, RowWork, Work
+from dejavu.engine.residency import Residency
+from dejavu.engine.rows import BlockAllocator
+from dejavu.engine.swapping import SwapMover
+from dejavu.kv.layout import PoolLayout
+from dejavu.kv.swap import Direction, Part, PoolLink
+from dejavu.request import Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Size a rank: blocks and tokens of a row, rows and microbatches."""
+
+    num_microbatches: int
+    microbatch_size: int
+    resident: int
+    block_size: int
+    blocks_per_row: int
+
+    @property
+    def row_len(self) -> int:
+        """Count the tokens of a full row."""
+        return self.block_size * self.blocks_per_row
+
+    def layout(self, num_rows: int) -> PoolLayout:
+        """Lay out a pool for so many rows: two layers of two heads of three float32."""
+        return PoolLayout(num_rows * self.blocks_per_row, 4, 2, self.block_size, 0, 2, 3, 4)
+
+
+@dataclass(slots=True)
+class Row:
+    """Hold a request, and what its KV has to be: float32 [tokens, layers, 2, heads, head_dim]."""
+
+    admission: Admission
+    tokens: torch.Tensor
+    is_new: bool = True
+
+    @property
+    def prompt_left(self) -> int:
+        """Count the prompt tokens that no pass has had."""
+        return max(0, len(self.admission.request.prompt_token_ids) - len(self.tokens))
+
+    @property
+    def left(self) -> int:
+        """Count the tokens that passes may still add."""
+        request = self.admission.request
+        return len(request.prompt_token_ids) + request.sampling.max_tokens - 1 - len(self.tokens)
+
+
+class LateLink(PoolLink):
+    """Copy a little later than asked for, so that what does not wait for it is seen."""
+
+    def __init__(self, *parts: object, most_ms: float) -> None:
+        super().__init__(*parts)  # type: ignore[arg-type]
+        self.random = random.Random(5)
+        self.most_ms = most_ms
+
+    def carry(self, direction: Direction, parts: Sequence[Part], stream: Stream) -> None:
+        """Sleep in the stream, then copy."""
+        assert isinstance(stream, CpuStream)
+        seconds = self.random.random() * self.most_ms / 1e3
+        stream.submit(lambda: time.sleep(seconds))
+        super().carry(direction, parts, stream)
+
+
+@dataclass
+class SwappingRank:
+    """Feed passes to a `SwapMover` with pools of its own; compute runs in the calling thread, or on a stream."""
+
+    shape: Shape
+    is_queued: bool
+    late_ms: float = 0.5
+    compute_ms: float = 0.5  # at most, where it is queued
+    device: Device = field(default_factory=lambda: open_device("cpu"))
+    rows: dict[tuple[int, int], Row] = field(default_factory=dict)
+    seated: list[Admission] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    new_tokens: int = 0
+    serial: int = 0
+    random: random.Random = field(default_factory=lambda: random.Random(6))
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        num_rows = shape.num_microbatches * shape.microbatch_size
+        self.layout = shape.layout(num_rows)
+        device_layout = shape.layout(shape.resident * shape.microbatch_size)
+        self.memory = self.device.allocate(device_layout.total_bytes)
+        self.host = self.device.allocate_host_exportable(self.layout.total_bytes)
+        self.pool = self.memory.tensor(torch.float32, device_layout.shape)
+        self.host_pool = self.host.tensor(torch.float32, self.layout.shape)
+        self.stream = self.device.create_stream("compute") if self.is_queued else self.device.compute_stream
+        link = LateLink(self.device, self.layout, self.memory, self.host, most_ms=self.late_ms)
+        books = Residency(shape.num_microbatches, shape.microbatch_size, shape.blocks_per_row, shape.resident)
+        self.mover = SwapMover(self.device, books, link, self.stream)
+        self.blocks = BlockAllocator(self.layout.num_blocks)
+        self.steps = [0] * shape.num_microbatches
+
+    def admit(self, microbatch: int, row: int, prompt: int, output: int, *, handed_over: bool) -> None:
+        """Let a request take a free row; with its prompt's KV in host memory, if it was handed over."""
+        self.serial += 1
+        needed = -(-(prompt + output - 1) // self.shape.block_size)
+        blocks = self.blocks.take(needed, 0)
+        request = Request(str(self.serial), (1,) * prompt, SamplingParams(max_tokens=output))
+        first = 7 if handed_over else None
+        admission = Admission(self.serial, microbatch, row, blocks, request, first_token=first)
+        tokens = torch.randn(prompt if handed_over else 0, 2, 2, 2, 3)
+        self.rows[microbatch, row] = Row(admission, tokens)
+        if handed_over:
+            self.mover.lanes.flush_stream.synchronize()  # as what lands there is ordered behind it
+            put(self.host_pool, blocks, 0, tokens)
+            self.seated.append(admission)
+
+    def free(self, place: tuple[int, int]) -> None:
+        """End a request: its row and its blocks may be another one's at once."""
+        admission = self.rows.pop(place).admission
+        self.blocks.give(admission.blocks)
+        self.seated = [seat for seat in self.seated if seat is not admission]
+
+    def run(self, microbatch: int, new: dict[int, int]) -> None:
+        """Take a pass of so many new tokens of rows; those that have no further tokens are freed."""
+        rows = {row: self.rows[microbatch, row] for row in new}
+        admissions = tuple(row.admission for row in rows.values() if row.is_new)
+        works = tuple(
+            RowWork(
+                serial=row.admission.serial,
+                row=index,
+                num_new=new[index],
+                context=len(row.tokens),
+                is_prompt=row.prompt_left > 0,
+                samples=row.prompt_left <= new[index],
+                prompt_len=len(row.admission.request.prompt_token_ids),
+            )
+            for index, row in rows.items()
+        )
+        seated = tuple(seat for seat in self.seated if seat not in admissions)
+        self.seated = []
+        work = Work(self.steps[microbatch], microbatch, works, admissions, (1,) * sum(new.values()), seated)
+        self.steps[microbatch] += 1
+        for admission in admissions:
+            self.mover.books.admit(admission)
+        self.mover.begin(work)
+        for index, row in rows.items():
+            self.compute(microbatch, index, row, torch.randn(new[index], 2, 2, 2, 3))
+        self.mover.end(work)
+        for index, row in rows.items():
+            row.is_new = False
+            if row.left == 0:
+                self.free((microbatch, index))
+
+    def compute(self, microbatch: int, index: int, row: Row, new: torch.Tensor) -> None:
+        """Queue a row's part of a pass: compare all its tokens so far, then write the new ones."""
+        blocks, before = self.mover.books.find(microbatch, index), row.tokens
+        self.new_tokens += len(new)
+        row.tokens = torch.cat([before, new])
+
+        def work() -> None:
+            time.sleep(self.random.random() * self.compute_ms / 1e3 if self.is_queued else 0)
+            found = take(self.pool, blocks, len(before))
+            if not torch.equal(found, before):
+                self.wrong.append(f"row {index} of microbatch {microbatch}: {len(before)} tokens")
+            put(self.pool, blocks, len(before), new)
+
+        assert isinstance(self.stream, CpuStream)
+        self.stream.submit(work)
+
+    def check_host(self) -> None:
+        """Compare host memory, when all is flushed, with what it should hold."""
+        self.mover.settle()
+        for place, row in self.rows.items():
+            if not torch.equal(take(self.host_pool, row.admission.blocks, len(row.tokens)), row.tokens):
+                self.wrong.append(f"host memory of row {place}")
+        assert self.wrong == []
+
+    def moved_bytes(self, direction: Direction) -> int:
+        """Add up what has moved."""
+        return sum(moved.nbytes for moved in self.mover.lanes.moved if moved.direction == direction)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.mover.close()
+        self.device.close()
+
+
+def take(pool: torch.Tensor, blocks: Sequence[int], count: int) -> torch.Tensor:
+    """Read a row's first tokens one by one: [tokens, layers, 2, heads, head_dim]."""
+    size = pool.shape[3]
+    tokens = [pool[blocks[t // size], :, :, t % size] for t in range(count)]
+    return torch.stack(tokens) if tokens else torch.empty(0, *pool.shape[1:3], *pool.shape[4:])
+
+
+def put(pool: torch.Tensor, blocks: Sequence[int], start: int, tokens: torch.Tensor) -> None:
+    """Write a row's tokens from `start` on one by one."""
+    size = pool.shape[3]
+    for t, token in enumerate(tokens, start):
+        pool[blocks[t // size], :, :, t % size] = token
