@@ -2,8 +2,9 @@
 
 Both sides generate greedily from the same prompts with the same weights, number format and threads, in one job and in
 turns, so that a noisy machine slows both: the engine on its worker ranks, the peer on the controller's, while the other
-one sleeps. Each time covers prompt and output. `ratio` is the median of the turns' ratios, so above 1 the engine is
-faster. `same_tokens` is the share of requests whose tokens are equal: 1 in float32; in 16-bit formats near-ties may
+one sleeps; on GPUs the peer uses the first one. Each time covers prompt and output. `ratio` is the median of the turns'
+ratios, so above 1 the engine is faster. `host_us_per_step` is what the engine's busiest rank takes of its thread for a
+pass: on a GPU, to queue and finish it. `same_tokens` is the share of requests whose tokens are equal: 1 in float32; in 16-bit formats near-ties may
 fall either way.
 """
 
@@ -22,13 +23,13 @@ from dejavu.request import Request, SamplingParams
 from dejavu.topology import CONTROLLER, required_ranks
 
 from .driver import Row, finish, open_run_directory, run_ranks
+from .peer import Generate, Tokens, load_peer
 
 if TYPE_CHECKING:
+    from dejavu.cluster.engine import Outcome
     from dejavu.engine.controller import Controller  # it starts MPI, which the process outside mpirun must not
 
 WARM_UP_TOKENS = 4
-Tokens = list[list[int]]
-Generate = Callable[[list[Request]], Tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class Case:
 @click.option("--prompt-len", default=128, show_default=True, type=click.IntRange(1), help="Prompt tokens of each.")
 @click.option("--output-len", default=64, show_default=True, type=click.IntRange(2), help="Output tokens of each.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="Threads; 0 takes all cores.")
+@click.option("--device", default="auto", show_default=True, help="As for `dejavu serve`.")
+@click.option("--microbatches", default=0, show_default=True, help="Microbatches in flight; 0 is one per stage.")
 @click.option("--pp", default=1, show_default=True, type=click.IntRange(1), help="Pipeline stages of the engine.")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(1), help="Tensor ranks of the engine.")
 @click.option(
@@ -80,8 +83,13 @@ def numbers(text: str, option: str) -> list[int]:
 def make_configs(options: dict[str, Any]) -> list[ServeConfig]:
     """Make the engine's configuration for each number format: one row for each request of the largest batch."""
     largest = max(numbers(options["batches"], "--batch"))
-    shared = {name: options[name] for name in ("model", "load_format", "threads", "pp", "tp", "prompt_len")}
-    rows = {"microbatch_size": -(-largest // options["pp"]), "output_len": options["output_len"]}
+    shared = {name: options[name] for name in ("model", "load_format", "device", "threads", "pp", "tp", "prompt_len")}
+    in_flight = options["microbatches"] or options["pp"]
+    rows = {
+        "num_microbatches": in_flight,
+        "microbatch_size": -(-largest // in_flight),
+        "output_len": options["output_len"],
+    }
     names = options["dtypes"].split(",")
     return [make_config({**shared, **rows, "num_requests": largest, "dtype": name.strip()}) for name in names]
 
@@ -102,8 +110,8 @@ def run_rank(configs: list[ServeConfig], options: dict[str, Any], out: str | Non
             for rank in range(1, channel.size):
                 channel.send(rank, None)  # go: a worker that began earlier would talk to the last engine's controller
             peer = load_peer(job.setup, options["peer"])
-            drive = Timing(job.requests, options, job.setup.dtype, peer)
-            rows += run_controller(channel, job.setup, drive)[0]
+            drive = Timing(job.requests, options, job.setup.dtype, job.setup.device, peer)
+            rows += with_host_time(*run_controller(channel, job.setup, drive, announce=print))
         else:
             channel.receive(CONTROLLER)
             run_worker(channel, job.setup)
@@ -113,6 +121,13 @@ def run_rank(configs: list[ServeConfig], options: dict[str, Any], out: str | Non
     return 0
 
 
+def with_host_time(rows: list[Row], outcome: "Outcome") -> list[Row]:
+    """Add what the engine's slowest rank took of its thread for a pass: on a GPU, to queue it."""
+    reports = outcome.reports.values()
+    slowest_us = max(1e6 * report.host_s / max(1, len(report.steps)) for report in reports)
+    return [{**row, "host_us_per_step": slowest_us} for row in rows]
+
+
 def peer_version(options: dict[str, Any]) -> str | None:
     """Name the peer and its version."""
     from importlib.metadata import version
@@ -120,43 +135,21 @@ def peer_version(options: dict[str, Any]) -> str | None:
     return f"{options['peer']} {version(options['peer'])}" if options["peer"] != "none" else None
 
 
-def load_peer(setup: Any, name: str) -> Generate | None:
-    """Load the same weights into the other implementation, with the engine's number format."""
-    if name == "none":
-        return None
-    if setup.directory is None:
-        raise UsageError("the peer needs a checkpoint and this model has random weights: leave out --peer")
-    import torch
-
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(setup.config.threads or len(os.sched_getaffinity(0)))
-    model = AutoModelForCausalLM.from_pretrained(setup.directory, dtype=getattr(torch, setup.dtype)).eval()
-    fixed = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # a GenerationConfig would lose the None
-
-    def generate(requests: list[Request]) -> Tokens:
-        prompts = torch.tensor([request.prompt_token_ids for request in requests])
-        length = {"max_new_tokens": requests[0].sampling.max_tokens}
-        with torch.inference_mode():
-            output = model.generate(prompts, attention_mask=torch.ones_like(prompts), **fixed, **length)
-        tokens: Tokens = output[:, prompts.shape[1] :].tolist()
-        return tokens
-
-    return generate
-
-
 class Timing:
     """Time the cases of one engine, in turns with the peer."""
 
     def __init__(
-        self, requests: tuple[Request, ...], options: dict[str, Any], dtype: str, peer: Generate | None
+        self,
+        requests: tuple[Request, ...],
+        options: dict[str, Any],
+        dtype: str,
+        device: str,
+        peer: Generate | None,
     ) -> None:
         self.requests = requests
         self.options = options
         self.dtype = dtype
+        self.device = device
         self.peer = peer
         self.serial = 0
 
@@ -208,6 +201,9 @@ class Timing:
             "output_len": case.output_len,
             "threads": self.options["threads"] or len(os.sched_getaffinity(0)),
             "dtype": self.dtype,
+            "device": self.device,
+            "pp": self.options["pp"],
+            "tp": self.options["tp"],
             "tokens_per_s": count / statistics.median(own_s),
             "peer_tokens_per_s": count / statistics.median(peer_s) if peer_s else None,
             "ratio": statistics.median(ratios) if ratios else None,
