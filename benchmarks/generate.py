@@ -4,8 +4,8 @@ Both sides generate greedily from the same prompts with the same weights, number
 turns, so that a noisy machine slows both: the engine on its worker ranks, the peer on the controller's, while the other
 one sleeps; on GPUs the peer uses the first one. Each time covers prompt and output. `ratio` is the median of the turns'
 ratios, so above 1 the engine is faster. `host_us_per_step` is what the engine's busiest rank takes of its thread for a
-pass: on a GPU, to queue and finish it. `same_tokens` is the share of requests whose tokens are equal: 1 in float32; in 16-bit formats near-ties may
-fall either way.
+pass: on a GPU, to queue and finish it. `same_tokens` is the share of requests whose tokens are equal: 1 in float32; in
+16-bit formats near-ties may fall either way.
 """
 
 import os
