@@ -84,8 +84,7 @@ def run_command(arguments: Sequence[str], out: Path, timeout_s: float) -> tuple[
     try:
         done = subprocess.run(
             [*program, "--out", str(out)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,

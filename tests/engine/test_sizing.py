@@ -1,88 +1,52 @@
-"""How much memory KV gets, with and without swapping: by hand for gpt2 on two stages, of 6 layers of 768 numbers."""
+"""What fits on GPUs: shares of one that several ranks use, and what is said when rows do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
-from dejavu.config import make_config
-from dejavu.engine.sizing import check_host_memory, describe_capacity, size_caches
-from dejavu.errors import CapacityError, ConfigError
+from dejavu.engine.sizing import CacheSize, Room, activation_bytes, check_rooms, describe_rooms, rows_that_fit
+from dejavu.errors import CapacityError
+from dejavu.model.spec import Shard
 from dejavu.model.table import MODELS
-from dejavu.topology import build_topology, required_ranks
 
-ROW_BYTES = 100 * 6 * 2 * 768 * 4  # a row of 100 tokens on one stage, in float32
-
-
-def sized(**options):
-    config = make_config({"pp": 2, "num_microbatches": 4, "microbatch_size": 3, "row_len": 100, **options})
-    topology = build_topology(config, MODELS["gpt2"], required_ranks(config))
-    return config, topology, size_caches(config, MODELS["gpt2"], topology, 100, "float32", "cpu")
+GB = 10**9
+CACHE = CacheSize(row_len=1500, block_size=32, num_blocks=470, block_bytes=10_000_000)  # 10 rows of 47 blocks
+ROOM = Room("host GPU 0 (00:01)", "H200", 140 * GB, 100 * GB, 25 * GB, 2 * GB, 47 * GB)
 
 
-def test_device_holds_the_resident_rows_and_the_host_all():
-    _, _, (cache,) = sized(swap=True, block_size=30)  # 4 blocks hold a row
-    assert (cache.device_blocks, cache.num_blocks, cache.blocks_per_row) == (2 * 3 * 4, 4 * 3 * 4, 4)
-    _, _, (cache,) = sized(swap=True, resident=3, kv_memory=9 * ROW_BYTES, host_kv_memory=10 * ROW_BYTES + 5)
-    assert (cache.device_blocks, cache.num_blocks) == (9, 10)
-    assert cache.host_bytes == 10 * ROW_BYTES
+def test_all_rows_fit_and_the_line_says_how_many_more_would():
+    check_rooms({1: ROOM}, {1: CACHE})
+    assert rows_that_fit({1: ROOM}, 1, CACHE) == 20  # 98 GB of 4.7 GB a row
+    (line,) = describe_rooms({1: ROOM}, {1: CACHE})
+    for part in ("rank 1", "H200", "140.0 GB", "weights 25.0 GB", "47.0 GB = 10 rows of 1500 tokens", "20 rows"):
+        assert part in line
 
 
-@pytest.mark.parametrize("options", [{}, {"swap": True, "resident": 4}, {"swap": True, "resident": 7}])
-def test_nothing_is_swapped_where_all_is_resident(options):
-    _, _, (cache,) = sized(**options)
-    assert not cache.is_swapped
-    assert (cache.num_blocks, cache.host_bytes) == (12, 0)
+def test_ranks_that_share_a_gpu_share_its_room():
+    rooms = {1: ROOM, 2: replace(ROOM, pool_bytes=94 * GB), 3: replace(ROOM, gpu="host GPU 1 (00:02)")}
+    caches = dict.fromkeys(rooms, CACHE)
+    assert rows_that_fit(rooms, 3, CACHE) == 20
+    assert rows_that_fit(rooms, 1, CACHE) == rows_that_fit(rooms, 2, CACHE) == 6  # 96 GB of 141
+    with pytest.raises(CapacityError, match="6 rows would fit") as caught:
+        check_rooms(rooms, caches)
+    assert "10 rows of 1500 tokens" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_prompt_pipelines_are_not_swapped():
-    options = {"prompt_pp": 3, "token_pp": 3, "num_microbatches": 3, "handover_rows": 2}
-    config = make_config({"swap": True, "microbatch_size": 3, "row_len": 100, **options})
-    topology = build_topology(config, MODELS["gpt2"], required_ranks(config))
-    prompt, token = size_caches(config, MODELS["gpt2"], topology, 100, "float32", "cpu")
-    assert not prompt.is_swapped
-    assert (token.device_blocks, token.num_blocks) == (6, 11)
+def test_a_gpu_that_holds_nothing_beside_the_weights_has_room_for_no_row():
+    rooms = {1: replace(ROOM, free_bytes=GB)}
+    assert rows_that_fit(rooms, 1, CACHE) == 0
+    with pytest.raises(CapacityError, match="0 rows would fit"):
+        check_rooms(rooms, {1: CACHE})
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"kv_memory": 6 * ROW_BYTES - 1},
-            f"holds 5 rows of 100 tokens and 2 resident microbatches have 6: give {6 * ROW_BYTES}",
-        ),
-        ({"host_kv_memory": ROW_BYTES - 1}, f"give at least {ROW_BYTES} bytes"),
-    ],
-)
-def test_too_little_memory_is_refused(options, message):
-    with pytest.raises(CapacityError) as caught:
-        sized(swap=True, **options)
-    assert message in str(caught.value)
-
-
-def test_host_memory_of_all_ranks_here_has_to_be_there():
-    _, topology, caches = sized(swap=True)
-    check_host_memory(topology, caches, {0, 1, 2}, 24 * ROW_BYTES)
-    check_host_memory(topology, caches, {0, 1}, 12 * ROW_BYTES)
-    with pytest.raises(CapacityError, match="swapping needs"):
-        check_host_memory(topology, caches, {0, 1, 2}, 24 * ROW_BYTES - 1)
-
-
-def test_rows_that_fit_are_told():
-    config, topology, (cache,) = sized(swap=True, kv_memory=9 * ROW_BYTES)
-    text = describe_capacity(config, topology.pipelines[0], cache)
-    assert "hold 8 rows of 100 tokens without swapping and 16 with it (2 of 4 microbatches resident)" in text
-    assert "12 rows are swapped through 42.2 MiB of host memory a worker" in text
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"resident": 3},
-        {"host_kv_memory": 100},
-        {"synthetic": "1,1", "synthetic_link": "1G"},
-        {"synthetic": "1,1", "swap": True},
-        {"swap": True, "synthetic_link": "1G"},
-        {"swap": True, "resident": 0},
-    ],
-)
-def test_options_that_mean_nothing_are_refused(options):
-    with pytest.raises(ConfigError):
-        make_config(options)
+def test_activations_grow_with_tokens_and_shrink_with_tensor_ranks():
+    spec = MODELS["opt-13b"]
+    whole, half = Shard(0, 40, 40), Shard(0, 39, 40, 0, 2)
+    one, two = (activation_bytes(spec, whole, n, 8, "float16") for n in (4096, 8192))
+    logits = 3 * 4 * 8 * spec.vocab_size
+    assert two - logits == 2 * (one - logits)
+    assert one - logits == 4096 * 2 * (4 * 5120 + 2 * 3 * 5120 + 2 * 20480)
+    assert activation_bytes(spec, half, 4096, 8, "float16") == 4096 * 2 * (4 * 5120 + 3 * 5120 + 20480)
