@@ -31,12 +31,16 @@ _ROWS_PER_LAUNCH = _RING_BYTES // _ROW_BYTES // 4
 
 def load_kernel(name: str, function: str, architecture: str) -> int:
     """Give a kernel of `kernels/<name>.cu` in the current context; compiles it unless the cache holds it."""
-    source = data_path("kernels", f"{name}.cu").read_text()
+    module = load_module(name, data_path("kernels", f"{name}.cu").read_text(), architecture)
+    return int(call(driver.cuModuleGetFunction, module, function.encode()))
+
+
+def load_module(name: str, source: str, architecture: str) -> Any:
+    """Give the module of a source in the current context; compiles it unless the cache holds it."""
     path = cache_dir() / "kernels" / f"{name}-{_key(source, architecture)}.cubin"
     if not path.exists():
         _store(path, _compile(name, source, architecture))
-    module = call(driver.cuModuleLoadData, path.read_bytes())
-    return int(call(driver.cuModuleGetFunction, module, function.encode()))
+    return call(driver.cuModuleLoadData, path.read_bytes())
 
 
 def _key(source: str, architecture: str) -> str:

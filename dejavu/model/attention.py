@@ -46,7 +46,7 @@ class TorchAttention:
     num_kv_heads: int
     slopes: Tensor | None = None
 
-    def plan(self, batch: Batch, pool: Tensor) -> AttentionPass:
+    def plan(self, batch: Batch, pool: Tensor) -> TorchPass:
         """Prepare a pass: rows with one new token together, prompts of one length together, others by themselves."""
         num_tokens = [c + n for c, n in zip(batch.context, batch.num_new, strict=True)]
         assert all(len(b) * pool.shape[3] >= n for b, n in zip(batch.blocks, num_tokens, strict=True)), "blocks"
@@ -116,6 +116,10 @@ class TorchPass:
     def run(self, layer: int, query: Tensor, kv: Tensor) -> Tensor:
         """Store and attend."""
         self.rows.index_copy_(0, self.slots[layer], kv.reshape(-1, self.rows.shape[1]))
+        return self.attend(layer, query, kv)
+
+    def attend(self, layer: int, query: Tensor, kv: Tensor) -> Tensor:
+        """Attend; the pool holds kv already."""
         if len(self.parts) == 1:
             return self.parts[0].attend(layer, query, kv, None)
         out = torch.empty_like(query)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,6 +23,9 @@ from dejavu.model.layers import (
     share_matmul,
 )
 from dejavu.model.spec import ModelSpec, Shard
+
+if TYPE_CHECKING:
+    from dejavu.model.cuda_stage import CudaStage
 
 __all__ = ["Batch", "StageModel"]
 
@@ -117,7 +121,6 @@ class StageModel:
         first = next(iter(weights.values()))
         self.spec, self.shard, self.dtype, self.device = spec, shard, first.dtype, first.device
         self.hidden_size = spec.hidden_size
-        self.hidden_size = spec.hidden_size
         self.matmul: Matmul = pick_matmul(self.dtype, self.device.type)
         self._all_reduce = all_reduce
         with torch.no_grad():
@@ -127,6 +130,7 @@ class StageModel:
             self._layers = [DecoderLayer(spec, shard, weights, index, self.matmul) for index in indices]
         self._frequencies = rope_frequencies(spec).to(self.device) if spec.positions == "rope" else None
         self.attention = self._make_attention()
+        self.cuda = self._make_cuda() if self.device.type == "cuda" else None
 
     def _make_attention(self) -> Attention:
         num_heads = self.spec.num_heads // self.shard.tp_size
@@ -135,6 +139,22 @@ class StageModel:
             start = self.shard.tp_rank * num_heads
             slopes = alibi_slopes(self.spec.num_heads)[start : start + num_heads].to(self.device)
         return TorchAttention(num_heads, self.spec.num_kv_heads // self.shard.tp_size, slopes)
+
+    def _make_cuda(self) -> CudaStage:
+        from dejavu.model.cuda_stage import CudaStage
+
+        weights = self._embedding, self._layers, self._head
+        return CudaStage(self.spec, self.shard, weights, self._all_reduce, self.dtype, self.device)
+
+    @torch.no_grad()
+    def warm_up(self, pool: Tensor, row_counts: Sequence[int]) -> None:
+        """Prepare token steps of so many rows, each up to the numbers given; on CUDA only, else there is nothing to do.
+
+        Compiles kernels, times the ways to multiply and captures graphs: seconds, and forward does the same when it
+        first meets a number of rows. The ranks of a tensor group have to call it together.
+        """
+        if self.cuda is not None:
+            self.cuda.warm_up(pool, row_counts)
 
     @torch.no_grad()
     def forward(
@@ -146,7 +166,13 @@ class StageModel:
         is [block, layer, 2, token, kv_head, head_dim] in the model's dtype. Gives the hidden states for the next
         stage, or on the last one float32 logits [len(logit_rows), vocabulary share]; a new tensor, the caller's.
         `layer_done` is called with each layer's number in the model when its K and V are queued.
+
+        On CUDA everything is queued on torch's current stream, which has to be the same one always, and the host waits
+        for nothing. `token_ids` may lie on either side. The output of a token step is memory of the stage: the next
+        token step of as many rows (padded) writes to it again, behind what is queued on the stream by then.
         """
+        if self.cuda is not None:
+            return self.cuda.forward(batch, hidden, pool, layer_done)
         positions = torch.tensor(batch.positions, device=self.device)
         if self._embedding is not None:
             hidden = self._embedding(batch.token_ids.to(self.device), positions)

@@ -1,0 +1,217 @@
+"""Multiply by a stage's matrices on CUDA: a kernel for few rows where it is faster than cuBLAS, tried out once.
+
+Which one multiplies is chosen for each (matrix, rows) by timing all on the stage's own weights, before the first graph
+of that many rows is captured; `Products.chosen` says what came out.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dejavu.device.cuda_launch import Kernel, KernelModule
+from dejavu.model.cuda_operations import architecture_of, current_stream, type_definition
+from dejavu.model.layers import Linear
+
+MOST_ROWS = 32  # of the kernel
+ROWS_OF_TILE = 8
+_TURN_BYTES = 512 * 4  # of shared memory, of 16 output channels, a warp and turn
+_TRIALS = 3
+_TRIED_LAYERS = 6  # so that no weights are in the cache when their turn comes
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Name one shape of skinny.cu's kernel: a block's part, how deep it copies ahead, and blocks per part."""
+
+    blocks_m: int
+    warps_m: int
+    warps_k: int
+    stages: int
+    splits: int = 1
+
+    @property
+    def function(self) -> str:
+        """Give the kernel's name."""
+        return f"skinny_{self.blocks_m}_{self.warps_m}_{self.warps_k}_{self.stages}"
+
+    @property
+    def source(self) -> str:
+        """Give the line that makes the kernel."""
+        return f"VARIANT({self.function}, {self.blocks_m}, {self.warps_m}, {self.warps_k}, {self.stages})"
+
+    @property
+    def num_threads(self) -> int:
+        """Count the threads of a block."""
+        return 32 * self.warps_m * self.warps_k
+
+    @property
+    def shared_bytes(self) -> int:
+        """Give the bytes of shared memory of a block."""
+        return self.warps_m * self.warps_k * self.stages * self.blocks_m * _TURN_BYTES
+
+    @property
+    def channels(self) -> int:
+        """Count the matrix rows that a block takes."""
+        return 16 * self.blocks_m * self.warps_m
+
+
+SHAPES = (
+    Variant(1, 1, 8, 4),
+    Variant(2, 1, 8, 3),
+    Variant(2, 2, 4, 3),
+    Variant(2, 4, 2, 3),
+    Variant(1, 4, 2, 4),
+    Variant(4, 1, 4, 3),
+)
+SPLITS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Hold what one matrix of a layer does to its input: out = activation(x . weight + bias) (+ residual).
+
+    `name` is the same for all layers. Where `gated`, out has half the matrix's channels: activation(first) * second.
+    """
+
+    name: str
+    linear: Linear
+    activation: int = 0
+    gated: bool = False
+
+    @property
+    def num_out(self) -> int:
+        """Count the output channels."""
+        return self.linear.weight.shape[0] // (2 if self.gated else 1)
+
+
+class Products:
+    """Multiply, by the way that was found fastest."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.chosen: dict[tuple[str, int], Variant | None] = {}  # None: cuBLAS
+        self.times_us: dict[tuple[str, int], dict[Variant | None, float]] = {}
+        self._kernels: dict[int, dict[str, Kernel]] = {}
+
+    def fuses(self, product: Product, num_rows: int) -> bool:
+        """Tell whether activation and residual are part of the product for so many rows."""
+        return self.chosen.get((product.name, num_rows)) is not None
+
+    def run(self, product: Product, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
+        """Multiply x [rows, in]; `out` may be float32. The activation and `residual` only where `fuses` says so."""
+        variant = self.chosen.get((product.name, len(x)))
+        if variant is not None:
+            self._launch(variant, product, x, out, residual)
+            return
+        assert residual is None, "cuBLAS's sum goes to the normalisation, which adds it"
+        multiply(product.linear, x, out)
+
+    def choose(self, alike: Sequence[Product], num_rows: int, num_out_bytes: int) -> None:
+        """Time every way for `alike`, one product of each layer; keep the fastest.
+
+        cuBLAS is charged for nothing but the product, though it leaves activation and residual to other kernels.
+        """
+        first = alike[0]
+        if (first.name, num_rows) in self.chosen:
+            return
+        times: dict[Variant | None, float] = {None: self._time(None, alike, num_rows, num_out_bytes)}
+        for variant in self._variants(first, num_rows):
+            times[variant] = self._time(variant, alike, num_rows, num_out_bytes)
+        self.times_us[first.name, num_rows] = times
+        self.chosen[first.name, num_rows] = min(times, key=lambda variant: times[variant])
+
+    def _variants(self, product: Product, num_rows: int) -> list[Variant]:
+        num_in = product.linear.weight.shape[1]
+        if self.dtype == torch.float32 or num_rows > MOST_ROWS or num_in % 8 or product.linear.weight.numel() == 0:
+            return []
+        shapes = [s for s in SHAPES if not (product.gated and s.blocks_m % 2)]
+        return [
+            Variant(s.blocks_m, s.warps_m, s.warps_k, s.stages, splits)
+            for s in shapes
+            for splits in SPLITS
+            if splits == 1 or num_in >= 64 * s.warps_k * splits * 2
+        ]
+
+    def _time(self, variant: Variant | None, alike: Sequence[Product], num_rows: int, num_out_bytes: int) -> float:
+        """Give the microseconds of one product, over the layers' own weights in turn."""
+        first = alike[0]
+        x = torch.randn(num_rows, first.linear.weight.shape[1], device=self.device, dtype=self.dtype)
+        out_dtype = torch.float32 if num_out_bytes == 4 else self.dtype
+        num_out = first.num_out if variant is not None else first.linear.weight.shape[0]
+        out = torch.empty(num_rows, num_out, device=self.device, dtype=out_dtype)
+
+        def once() -> None:
+            for product in alike[:_TRIED_LAYERS]:
+                if variant is None:
+                    multiply(product.linear, x, out)
+                else:
+                    self._launch(variant, product, x, out, None)
+
+        return 1e3 * graph_ms(once, self.device) / len(alike[:_TRIED_LAYERS])
+
+    def _launch(self, variant: Variant, product: Product, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
+        weight = product.linear.weight
+        channels = variant.channels // (2 if product.gated else 1)
+        grid = -(-product.num_out // channels), variant.splits
+        sizes = (len(x), product.num_out, weight.shape[1])
+        flags = (product.activation, product.num_out if product.gated else 0, int(out.dtype == torch.float32))
+        arguments = (out, x, weight, product.linear.bias, residual, *sizes, *flags)
+        self._kernel(variant, -(-len(x) // ROWS_OF_TILE)).launch(
+            grid,
+            variant.num_threads,
+            arguments,
+            stream=current_stream(self.device),
+            overlaps=True,
+            cluster=variant.splits,
+        )
+
+    def _kernel(self, variant: Variant, tiles: int) -> Kernel:
+        if tiles not in self._kernels:
+            lines = " ".join(shape.source for shape in SHAPES)
+            definitions = type_definition(self.dtype) | {"TILES": tiles, "VARIANTS": lines}
+            module = KernelModule("skinny", architecture_of(self.device), definitions)
+            self._kernels[tiles] = {s.function: module.kernel(s.function, s.shared_bytes) for s in SHAPES}
+        return self._kernels[tiles][variant.function]
+
+
+def multiply(linear: Linear, x: Tensor, out: Tensor) -> None:
+    """Multiply by cuBLAS into `out` [rows, out], which may be float32."""
+    weight = linear.weight.t()
+    if out.dtype != x.dtype:
+        out.copy_(torch.mm(x, weight))
+    elif linear.bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(linear.bias, x, weight, out=out)
+
+
+def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Capture what `work` queues on torch's current stream; other threads may use the device meanwhile."""
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        graph.capture_begin(capture_error_mode="thread_local")
+        work()
+        graph.capture_end()
+    return graph
+
+
+def graph_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Give the median milliseconds of a graph of `work`, warmed up."""
+    work()
+    graph = capture(work, device)
+    times: list[float] = []
+    for trial in range(_TRIALS + 1):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        if trial:
+            times.append(start.elapsed_time(stop))
+    return statistics.median(times)

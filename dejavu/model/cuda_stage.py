@@ -1,0 +1,65 @@
+"""Run a stage on CUDA: token steps as replayed graphs, everything else launch by launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dejavu.model.batch import Batch
+from dejavu.model.cuda_operations import Operations
+from dejavu.model.cuda_pass import AllReduce, StageParts, layer_parts
+from dejavu.model.cuda_products import Products
+from dejavu.model.cuda_prompts import PromptPass
+from dejavu.model.cuda_steps import TokenSteps
+from dejavu.model.spec import ModelSpec, Shard
+
+if TYPE_CHECKING:
+    from dejavu.model.decoder import DecoderLayer, Embedding, Head
+
+
+class CudaStage:
+    """Hold the graphs and kernels of a stage. All work goes to torch's current stream, always the same one."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shard: Shard,
+        weights: tuple[Embedding | None, Sequence[DecoderLayer], Head | None],
+        all_reduce: AllReduce | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        exact_sums()
+        operations = Operations(spec, shard, dtype, device)
+        embedding, layers, head = weights
+        parts = [layer_parts(spec, layer, operations.activation) for layer in layers]
+        self.parts = StageParts(spec, shard, operations, embedding, head, parts, all_reduce)
+        self.products = Products(dtype, device)
+        self.steps = TokenSteps(self.parts, self.products)
+
+    def forward(
+        self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None
+    ) -> Tensor:
+        """Queue a pass, as `StageModel.forward` says."""
+        if not batch.is_token_generation:
+            return PromptPass(self.parts, batch, hidden, pool).run(layer_done)
+        output = self.steps.forward(batch, hidden, pool)
+        if layer_done is not None:
+            for layer in range(self.parts.shard.first_layer, self.parts.shard.last_layer):
+                layer_done(layer)
+        return output
+
+    def warm_up(self, pool: Tensor, row_counts: Sequence[int]) -> None:
+        """Choose products and capture the graphs of token steps of so many rows; tensor ranks do it together."""
+        for num_rows in row_counts:
+            self.steps.prepare(num_rows, pool)
+
+
+def exact_sums() -> None:
+    """Let this process's matrix products be true float32, and sum in float32 where numbers are smaller."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
