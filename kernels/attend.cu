@@ -12,7 +12,7 @@ constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int PARTS = (GROUP + 3) / 4;                 // blocks that share a K/V head
 constexpr int TOGETHER = (GROUP + PARTS - 1) / PARTS;  // query heads of a block
 constexpr int SIZE = vector_size(HEAD_DIM);
-constexpr int power_of_two(int n) {
+__host__ __device__ constexpr int power_of_two(int n) {
   int power = 1;
   while (power < n) power *= 2;
   return power;
