@@ -194,7 +194,7 @@ def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDA
     """Capture what `work` queues on torch's current stream; other threads may use the device meanwhile."""
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
         graph.capture_begin(capture_error_mode="thread_local")
         work()
         graph.capture_end()

@@ -14,7 +14,6 @@ from dejavu.model.batch import Batch
 from dejavu.model.cuda_pass import StageParts, StagePass
 from dejavu.model.cuda_plan import PromptPlan, plan_prompts
 from dejavu.model.cuda_products import Product, multiply
-from dejavu.model.spec import ModelSpec, Shard
 
 FLASH_TYPES = (torch.float16, torch.bfloat16)
 _RELU, _GELU_TANH = 1, 3  # that cuBLAS can do behind a product
@@ -182,18 +181,3 @@ class FlashAttention:
         rows = self._pool.view(-1, num_kv_heads, head_dim)
         first = self._row_slots + layer * 2 * block_size
         return rows.index_select(0, first), rows.index_select(0, first + block_size)
-
-
-def activation_bytes(spec: ModelSpec, shard: Shard, num_tokens: int, itemsize: int = 2) -> int:
-    """Give the most bytes that a prompt pass over `num_tokens` tokens holds beside weights and pool.
-
-    Logits count for as many rows as fit beside: one in 64 tokens.
-    """
-    heads, kv_heads = spec.num_heads // shard.tp_size, spec.num_kv_heads // shard.tp_size
-    qkv = (heads + 2 * kv_heads) * spec.head_dim
-    ffn = spec.ffn_size // shard.tp_size * (3 if spec.gated_ffn else 1)
-    attention = qkv + 2 * heads * spec.head_dim
-    per_token = 4 * spec.hidden_size + max(attention, ffn)
-    logits = spec.vocab_size // shard.tp_size * (num_tokens // 64 + 1) if shard.is_last else 0
-    lse = 4 * heads * num_tokens
-    return per_token * num_tokens * itemsize + logits * (itemsize + 4) + lse
