@@ -7,7 +7,6 @@ GOs. Every kernel that is launched soon finds its peer, nothing waits in a circl
 its own communicators: they are aborted, never destroyed.
 """
 
-import os
 import socket
 import threading
 from collections import deque
@@ -21,6 +20,7 @@ from dejavu.errors import TransferError
 from dejavu.transport.carrier import Gathering, UnavailableError
 from dejavu.transport.link import LinkCarrier
 from dejavu.transport.mpi_wire import MpiWire, bytes_of
+from dejavu.transport.nccl_group import missing
 from dejavu.transport.notes import Kind, Note
 from dejavu.transport.parcels import Incoming, Loan, Outgoing
 
@@ -289,20 +289,6 @@ class NcclCarrier(LinkCarrier):
     def reaches(self, memory: Buffer) -> bool:
         """Tell whether NCCL moves such memory itself: the device's."""
         return memory.location is Location.DEVICE
-
-
-def missing(device: Device) -> str | None:
-    """Say what keeps this rank from using NCCL, or None."""
-    if device.properties.kind != "cuda":
-        return f"it moves GPU memory, and this rank runs on {device}"
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast that a killed process leaves behind blocks the GPUs
-    try:
-        from nccl import core
-
-        library = core.get_version().libnccl
-    except Exception as error:  # whatever an installation can lack
-        return f"nccl4py does not work here ({error}): pip install 'dejavu-serve[cuda]'"
-    return None if library else "nccl4py finds no libnccl.so.2: pip install nvidia-nccl-cu13"
 
 
 def check_places(device: Device, comm: MPI.Intracomm) -> None:
