@@ -118,7 +118,7 @@ def open_cuda_ways(world: "RankWorld", held: ExitStack, largest: int) -> tuple[d
     two = GroupSum(device, exchange, world.rank, plan=SumPlan(size, 0, max(largest, one_bytes)))
     chosen = GroupSum(device, exchange, world.rank)
     for group in (one, two, chosen):
-        held.callback(group.close)
+        held.enter_context(group)
     ways: dict[str, tuple[Work, int]] = {"one-shot": (one, one_bytes), "two-shot": (two, largest)}
     if chosen.plan.has_nccl:
         nccl = NcclGroup(device, exchange, world.rank)
@@ -331,7 +331,7 @@ def open_hops(pair: "RankWorld", held: ExitStack, largest: int) -> Iterator[tupl
         else:
             ends[1] = MailboxIn(device, exchange, largest, 1, torch.uint8)
     for end in ends if pair.rank == 0 else ends[::-1]:  # in the order in which they met
-        held.callback(end.close)
+        held.enter_context(end)
     yield "mailbox", lambda tensor, turns: echo_mailbox(pair.rank, ends[0], ends[1], tensor, turns)
     channel = Channel(pair.comm, DEADLINE_S)
     held.callback(channel.close)
@@ -347,7 +347,7 @@ def echo_mailbox(rank: int, outbox: Any, inbox: Any, tensor: "Tensor", turns: in
         if rank == 1:
             outbox.send(back)
         elif turn == turns - 1:
-            tensor = back.clone()
+            tensor = back.flatten().clone()
         inbox.release()
     return tensor
 

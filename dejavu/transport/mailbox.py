@@ -7,9 +7,10 @@ where they lie, and writes one back. The hosts only queue: they know each messag
 Behind a wait that is not over yet, the driver takes about 1000 operations before it blocks the host that queues more.
 """
 
+from types import TracebackType
 from typing import TYPE_CHECKING
 
-from dejavu.device.base import DEFAULT_DEADLINE_S, FLAG_BYTES, IPC_HANDLE_BYTES, Buffer, Device, Stream
+from dejavu.device.base import DEFAULT_DEADLINE_S, FLAG_BYTES, IPC_HANDLE_BYTES, Buffer, Closing, Device, Stream
 from dejavu.errors import DejavuError
 from dejavu.transport.carrier import UnavailableError
 from dejavu.transport.ipc_line import Exchange
@@ -23,7 +24,7 @@ SENDER, RECEIVER = 0, 1
 WORD_MASK = 0xFFFFFFFF
 
 
-class Mailbox:
+class Mailbox(Closing):
     """Hold what both sides have: memory of their own that the other one has mapped, and the other's mapped here."""
 
     def __init__(self, device: Device, exchange: Exchange, side: int, nbytes: int, stream: Stream | None) -> None:
@@ -55,9 +56,14 @@ class Mailbox:
             self._used.synchronize(DEFAULT_DEADLINE_S)
         if self._there is not None:
             self._there.close()
-            if self._error is None:
-                self._exchange(b"")
+        if self._error is None:
+            self._exchange(b"")
         self._own.close()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            self.abort(error)
+        self.close()
 
     @property
     def _stream(self) -> Stream:
@@ -150,8 +156,3 @@ class MailboxIn(Mailbox):
         assert self._held is not None
         self._tell(self._free, self._held.number)
         self._held = None
-
-    def close(self) -> None:
-        """Drop the tensor over the memory, too."""
-        del self._whole
-        super().close()

@@ -12,9 +12,10 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING
 
-from dejavu.device.base import DEFAULT_DEADLINE_S, Buffer, Device
+from dejavu.device.base import DEFAULT_DEADLINE_S, Buffer, Closing, Device
 from dejavu.errors import DeadlineError, DejavuError, TransferError
 from dejavu.transport.carrier import UnavailableError
 from dejavu.transport.ipc_line import Exchange, this_host
@@ -31,7 +32,7 @@ TWO_SHOT_BYTES = 8 << 20
 ALONE_BYTES = 32 << 20  # in two shots, where there is no NCCL
 
 
-class GroupSum:
+class GroupSum(Closing):
     """Sum tensors over a group of ranks; every rank calls it with the same shapes in the same order.
 
     All calls of a group queue on one stream at a time: torch's current one. They may be captured, and graphs replayed,
@@ -125,6 +126,11 @@ class GroupSum:
                 self._exchange(b"")
             self._own.close()
             self._own = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            self.abort(error)
+        self.close()
 
     def _sum_here(self, way: Way, tensor: "Tensor") -> None:
         assert self._kernels is not None
