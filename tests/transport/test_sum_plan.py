@@ -40,7 +40,7 @@ def test_two_shots_add_up_every_vector_once_and_fit_their_memory(plan, data):
     covered = 0
     for number in range(grid.blocks * plan.size):  # block number // size, rank number % size: as in the kernel
         begin, end = min(number * grid.share, vectors), min((number + 1) * grid.share, vectors)
-        assert begin == covered or begin == end
+        assert begin in (covered, end)
         covered = max(covered, end)
         if begin < end:
             assert ((number // plan.size) * grid.share + end - begin) * 16 <= plan.share_stride
