@@ -42,7 +42,7 @@ class Mailbox(Closing):
         with device.create_stream("mailbox") as work:
             device.fill(self._own, 0, stream=work)
             work.synchronize(DEFAULT_DEADLINE_S)
-        self._map(exchange(self._own.ipc_handle() + (nbytes + FLAG_BYTES).to_bytes(8, "little"))[1 - side])
+            self._meet(side, work)
 
     def abort(self, error: Exception) -> None:
         """End the waits of the stream, for another side that has died; what arrives is void. Callable by any thread."""
@@ -76,12 +76,16 @@ class Mailbox(Closing):
     def _tell(self, flag: Buffer, number: int) -> None:
         self._device.write_flag(flag, number & WORD_MASK, stream=self._stream)
 
-    def _map(self, answer: bytes) -> None:
+    def _meet(self, side: int, stream: Stream) -> None:
         """Map the other side's memory, whose last word is the flag that this side writes."""
-        reason = ""
+        introduction = self._own.ipc_handle() + self._own.nbytes.to_bytes(8, "little")
+        answer, reason = self._exchange(introduction)[1 - side], ""
         try:
             size = int.from_bytes(answer[IPC_HANDLE_BYTES:], "little")
             self._there = self._device.open_ipc(answer[:IPC_HANDLE_BYTES], size)
+            # A copy, since a stream's write of a word is no access for which a driver connects two GPUs.
+            self._device.copy(self._other_flag, self._own_flag, stream=stream)
+            stream.synchronize(DEFAULT_DEADLINE_S)
         except DejavuError as error:
             reason = str(error)
         if reason := next(filter(None, (each.decode() for each in self._exchange(reason.encode()))), ""):
