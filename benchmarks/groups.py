@@ -44,8 +44,8 @@ Work = Callable[["Tensor"], None]
 @click.pass_context
 def command(context: click.Context, /, out: str | None, **options: Any) -> int:
     """Time sums over a tensor group, and the hand-over between stages."""
-    sizes = [[kib * KIB for kib in numbers(options[f"{name}_kib"], f"--{name}-kib")] for name in ("sum", "hop")]
-    return run_ranks(context, options["ranks"], "groups", out, lambda: run_rank(*sizes, options, out))
+    sums, hops = ([kib * KIB for kib in numbers(options[f"{name}_kib"], f"--{name}-kib")] for name in ("sum", "hop"))
+    return run_ranks(context, options["ranks"], "groups", out, lambda: run_rank(sums, hops, options, out))
 
 
 def run_rank(sum_sizes: list[int], hop_sizes: list[int], options: Row, out: str | None) -> int:
@@ -218,8 +218,10 @@ class Timer:
         """Time one replay."""
         import torch
 
+        from dejavu.device.cuda_stream import external
+
         device = self.world.device
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream.handle)):
+        with torch.cuda.stream(external(stream)):
             self.refill()
         stream.synchronize(DEADLINE_S)
         self.world.share()
@@ -235,7 +237,9 @@ class Timer:
         """Queue sums outside a graph; gives the microseconds that one took the host."""
         import torch
 
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream.handle)):
+        from dejavu.device.cuda_stream import external
+
+        with torch.cuda.stream(external(stream)):
             start_s = time.perf_counter()
             for _ in range(count):
                 self.work(self.tensor)

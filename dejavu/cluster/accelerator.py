@@ -67,11 +67,16 @@ def kv_bytes_per_token(setup: EngineSetup, shard: Shard) -> int:
 
 def reserve_bytes(setup: EngineSetup, placement: Placement, shard: Shard) -> int:
     """Count what the largest pass of a worker needs beside weights and KV."""
-    config, shape = setup.config, setup.topology.pipelines[placement.pipeline].shape
+    num_rows = setup.topology.pipelines[placement.pipeline].shape.microbatch_size
+    return GRAPH_BYTES + activation_bytes(setup.spec, shard, most_tokens(setup, placement), num_rows, setup.dtype)
+
+
+def most_tokens(setup: EngineSetup, placement: Placement) -> int:
+    """Count the tokens of a worker's largest pass."""
+    config, num_rows = setup.config, setup.topology.pipelines[placement.pipeline].shape.microbatch_size
     row_len = setup.caches[placement.pipeline].row_len
-    whole = min(max(config.max_prompt_tokens, row_len), shape.microbatch_size * row_len)
-    num_tokens = config.prompt_chunk + shape.microbatch_size if config.prompt_chunk else whole
-    return GRAPH_BYTES + activation_bytes(setup.spec, shard, num_tokens, shape.microbatch_size, setup.dtype)
+    whole = min(max(config.max_prompt_tokens, row_len), num_rows * row_len)
+    return max(num_rows, config.prompt_chunk + num_rows if config.prompt_chunk else whole)
 
 
 def share_memory(channel: Channel, setup: EngineSetup, workers: Sequence[int], deadline_s: float) -> list[str]:

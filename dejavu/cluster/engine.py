@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dejavu.cluster.accelerator import claim_memory, enter_device, share_memory
+from dejavu.cluster.accelerator import claim_memory, enter_device, most_tokens, share_memory
+from dejavu.cluster.links import Links, open_inbox, open_outbox, open_sums
 from dejavu.device import Device, Location
 from dejavu.engine.controller import Controller
 from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover, Movers, NoMover, PromptMover, SyntheticMover, TokenMover
-from dejavu.engine.inlet import HostInlet, Inlet, NoInlet, StagedInlet
+from dejavu.engine.inlet import DirectInlet, HostInlet, Inlet, NoInlet, StagedInlet
 from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
 from dejavu.engine.messages import Ready, Report
 from dejavu.engine.residency import Residency
@@ -24,7 +25,7 @@ from dejavu.engine.rows import RowTable
 from dejavu.engine.scheduler import Scheduler
 from dejavu.engine.seating import Colocated, Disaggregated, Lane, Seating, peak_blocks
 from dejavu.engine.setup import EngineSetup
-from dejavu.engine.sink import NextStage, Sampling, Sink, StagedNextStage, ToLeader, ToSum
+from dejavu.engine.sink import DirectNextStage, NextStage, Sampling, Sink, StagedNextStage, ToLeader, ToSum
 from dejavu.engine.sizing import CacheSize
 from dejavu.engine.source import Scheduled, Source, Upstream
 from dejavu.engine.swapping import SwapMover
@@ -80,7 +81,8 @@ def run_controller(
     controller = Controller(channel, seating, setup.spec.eos_token_ids, make_stream, setup.config.stall_timeout)
     for line in share_memory(channel, setup, workers, LOAD_DEADLINE_S):
         announce(line)
-    controller.wait_ready(workers, LOAD_DEADLINE_S)
+    for line in describe_links(controller.wait_ready(workers, LOAD_DEADLINE_S)):
+        announce(line)
     controller.clock = share_clock(channel, workers)
     meter = CpuMeter()
     result = drive(controller)
@@ -149,14 +151,14 @@ def run_worker(channel: Channel, setup: EngineSetup) -> None:
     torch.set_num_threads(setup.config.threads or threads_per_worker(channel))
     with ExitStack() as stack, named_memory_errors(channel):
         site = Site(channel, setup, placement, enter_device(channel, setup, stack))
-        all_reduce = make_all_reduce(site)
-        stage, weight_bytes = make_stage(site, all_reduce)
+        links = open_links(site, stack)
+        stage, weight_bytes = make_stage(site, make_all_reduce(site, links))
         claim_memory(channel, setup, placement, site.device, weight_bytes)
         swap = make_swap(site, stack) if site.cache.is_swapped else None
         mover, pool = make_mover(site, comm, stack, swap)
-        channel.send(CONTROLLER, Ready(time.monotonic() - started))
+        channel.send(CONTROLLER, Ready(time.monotonic() - started, tuple(links.describe())))
         clock = join_clock(channel)
-        worker = make_worker(site, stage, pool, swap.mover.books if swap else GivenBlocks(), mover, all_reduce, clock)
+        worker = make_worker(site, stage, pool, swap.mover.books if swap else GivenBlocks(), mover, links, clock)
         meter = CpuMeter()
         worker.run()
         report = Report(worker.flights.steps, meter.read(), worker.flights.host_s)
@@ -230,21 +232,36 @@ def make_stage(site: Site, all_reduce: AllReduce | None) -> tuple[Stage, int]:
     return StageModel(setup.spec, shard, weights, all_reduce), weight_bytes
 
 
-def make_all_reduce(site: Site) -> AllReduce | None:
+def open_links(site: Site, stack: ExitStack) -> Links:
+    """Join this worker's GPU to its stage's and its neighbour stages'; on a CPU they are joined by MPI alone."""
+    setup, channel, device, shard = site.setup, site.channel, site.device, site.shard
+    if not setup.on_cuda:
+        return Links()
+    links = Links(open_sums(channel, device, site.pipeline.stage_ranks(site.placement.stage), stack))
+    if not shard.is_first:
+        most = most_tokens(setup, site.placement)
+        size = setup.spec.hidden_size
+        links.inbox = open_inbox(channel, device, site.neighbour(-1), most, size, dtype_of(setup), stack)
+    if not shard.is_last:
+        links.outbox = open_outbox(channel, device, site.neighbour(1), stack)
+    return links
+
+
+def describe_links(answers: Mapping[int, Ready]) -> list[str]:
+    """Say how the GPUs are joined, each way once with the ranks that use it."""
+    users: dict[str, list[int]] = {}
+    for rank, ready in sorted(answers.items()):
+        for note in ready.notes:
+            users.setdefault(note, []).append(rank)
+    return [f"{note} (rank {', '.join(map(str, ranks))})" for note, ranks in users.items()]
+
+
+def make_all_reduce(site: Site, links: Links) -> AllReduce | None:
     """Give what sums over the stage's tensor ranks, if there are several."""
     channel, ranks = site.channel, site.pipeline.stage_ranks(site.placement.stage)
     if len(ranks) == 1:
         return None
-
-    def all_reduce(tensor: Tensor) -> None:
-        channel.all_reduce(tensor, ranks)
-
-    def staged(tensor: Tensor) -> None:
-        host = tensor.cpu()
-        channel.all_reduce(host, ranks)
-        tensor.copy_(host)
-
-    return staged if site.setup.on_cuda else all_reduce
+    return links.sums or (lambda tensor: channel.all_reduce(tensor, ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +369,7 @@ def make_worker(
     pool: Tensor,
     blocks: BlockTable,
     mover: Mover,
-    all_reduce: AllReduce | None,
+    links: Links,
     clock: RunClock,
 ) -> Worker:
     """Connect a worker to the ranks before and behind it."""
@@ -369,7 +386,7 @@ def make_worker(
         prompts_only=pipeline.role is Role.PROMPT,
         tells_seats=site.cache.is_swapped,
     )
-    flights = Flights(site.channel.rank, (pipeline.first_stage + stage_index, tp_rank), clock.now_s)
+    flights = Flights(site.channel.rank, (pipeline.first_stage + stage_index, tp_rank), clock.now_s, links.check)
     source: Source = Upstream(site.channel, mover, flights)
     if leads_first:
         source = Scheduled(site.channel, mover, flights, scheduler, clock.now_s)
@@ -378,9 +395,9 @@ def make_worker(
         stage,
         pool,
         blocks,
-        make_inlet(site, stage),
+        make_inlet(site, stage, links),
         source,
-        make_sink(site, all_reduce, scheduler, clock),
+        make_sink(site, links, scheduler, clock),
         mover,
         flights,
         make_timeline(site, clock),
@@ -394,20 +411,24 @@ def make_timeline(site: Site, clock: RunClock) -> Timeline:
     return DeviceTimeline(site.device, clock.now_s) if site.setup.on_cuda else HostTimeline(clock.now_s)
 
 
-def make_inlet(site: Site, stage: Stage) -> Inlet:
+def make_inlet(site: Site, stage: Stage, links: Links) -> Inlet:
     """Take hidden states from the stage before."""
     if site.shard.is_first:
         return NoInlet()
+    if links.inbox is not None:
+        return DirectInlet(links.inbox)
     inlet = HostInlet(site.channel, site.neighbour(-1), stage.hidden_size, stage.dtype)
     return StagedInlet(inlet, site.device.torch_device) if site.setup.on_cuda else inlet
 
 
-def make_sink(site: Site, all_reduce: AllReduce | None, scheduler: Scheduler, clock: RunClock) -> Sink:
+def make_sink(site: Site, links: Links, scheduler: Scheduler, clock: RunClock) -> Sink:
     """Pass hidden states on; on the last stage sample, and tell the first stage and the controller."""
     channel, shard, on_cuda = site.channel, site.shard, site.setup.on_cuda
+    if not shard.is_last and links.outbox is not None:
+        return DirectNextStage(channel, site.neighbour(1), links.outbox)
     if not shard.is_last:
         return (StagedNextStage if on_cuda else NextStage)(channel, site.neighbour(1))
-    logits = make_logits(site, all_reduce)
+    logits = make_logits(site, links)
     if shard.tp_rank > 0:
         leader = site.pipeline.rank_of(site.placement.stage)
         return ToSum(logits) if isinstance(logits, LogitSum) else ToLeader(channel, leader)
@@ -417,12 +438,12 @@ def make_sink(site: Site, all_reduce: AllReduce | None, scheduler: Scheduler, cl
     return Sampling(site.setup.spec, logits, clock.now_s, tell)
 
 
-def make_logits(site: Site, all_reduce: AllReduce | None) -> Logits:
+def make_logits(site: Site, links: Links) -> Logits:
     """Bring the last stage's parts of the logits together: by MPI, or between GPUs by a sum."""
     spec, workers = site.setup.spec, site.setup.topology.workers_of(site.pipeline)
     shards = [(p.rank, p.shard) for p in workers if p.stage == site.placement.stage and p.shard]
-    if all_reduce is None:
+    if site.shard.tp_size == 1:
         return OneRank()
-    if site.setup.on_cuda:
-        return LogitSum(spec.vocab_size, site.shard, all_reduce)
+    if links.sums is not None:
+        return LogitSum(spec.vocab_size, site.shard, links.sums)
     return MpiLogits(site.channel, spec.vocab_size, shards)

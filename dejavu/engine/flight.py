@@ -36,6 +36,7 @@ class Flights:
     rank: int
     place: tuple[int, int]
     now_s: Callable[[], float]
+    check: Callable[[], None] = lambda: None  # raises what made a pass void
     steps: list[StepRecord] = field(default_factory=list)
     host_s: float = 0.0  # that this rank's thread took to queue and to finish passes
     under_way: deque[Flight] = field(default_factory=deque)
@@ -70,6 +71,7 @@ class Flights:
         landed_s = self.now_s()
         self.usual_s[flight.work.kind] = landed_s - self.began_s
         self.began_s = landed_s
+        self.check()
         if flight.finish:
             flight.finish()
         self.record(flight)

@@ -138,6 +138,7 @@ class Ready:
     """Worker → controller: weights are loaded and the pool is there."""
 
     load_s: float
+    notes: tuple[str, ...] = ()  # how its GPU is joined to others
 
 
 @dataclass(frozen=True, slots=True)

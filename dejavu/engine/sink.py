@@ -54,6 +54,35 @@ class StagedNextStage:
         return send
 
 
+class HiddenOut(Protocol):
+    """Be the end of a way between two GPUs into which hidden states go."""
+
+    name: str
+
+    def send(self, hidden: Tensor) -> None:
+        """Queue a contiguous tensor's way; it stays unchanged until the stream has passed this."""
+
+    def abort(self, error: Exception) -> None:
+        """End the waits for the other end."""
+
+    def close(self) -> None:
+        """Part, as the other end does at the same time."""
+
+
+class DirectNextStage:
+    """Send hidden states from GPU to GPU; the next stage may queue its pass before they are computed."""
+
+    def __init__(self, channel: Channel, rank: int, outbox: HiddenOut) -> None:
+        self.channel = channel
+        self.rank = rank
+        self.outbox = outbox
+
+    def put(self, work: Work, output: Tensor) -> None:
+        """Send the pass, and queue its hidden states."""
+        self.channel.send(self.rank, work)
+        self.outbox.send(output.contiguous())
+
+
 class ToLeader:
     """Send this tensor rank's part of the logits to the last stage's leader, which samples."""
 

@@ -117,6 +117,7 @@ class Worker:
         start = self.timeline.mark()
         layer_done = self.mover.begin(work)  # before the batch: it may decide where rows lie
         output = self.stage.forward(self.batch(work), hidden, self.pool, layer_done)
+        self.inlet.release()
         self.mover.end(work)
         computed = self.timeline.mark()
         finish = self.sink.put(work, output)

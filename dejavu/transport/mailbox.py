@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from dejavu.device.base import DEFAULT_DEADLINE_S, FLAG_BYTES, IPC_HANDLE_BYTES, Buffer, Closing, Device, Stream
-from dejavu.errors import DejavuError
+from dejavu.errors import DejavuError, TransferError
 from dejavu.transport.carrier import UnavailableError
 from dejavu.transport.ipc_line import Exchange
 from dejavu.transport.ring import Ring, Slot, aligned
@@ -26,6 +26,8 @@ WORD_MASK = 0xFFFFFFFF
 
 class Mailbox(Closing):
     """Hold what both sides have: memory of their own that the other one has mapped, and the other's mapped here."""
+
+    name = "mailbox"
 
     def __init__(self, device: Device, exchange: Exchange, side: int, nbytes: int, stream: Stream | None) -> None:
         """Meet the other side over `exchange`, an allgather of two; UnavailableError, on both, where one cannot map.
@@ -61,8 +63,8 @@ class Mailbox(Closing):
         self._own.close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, Exception):
-            self.abort(error)
+        if error is not None:
+            self.abort(TransferError(f"this rank has failed: {error}"))
         self.close()
 
     @property
