@@ -207,8 +207,6 @@ class ServeConfig(BaseModel):
         for name in ("resident", "host_kv_memory", "synthetic_link"):
             if getattr(self, name) != type(self).model_fields[name].default and not self.swap:
                 raise ValueError(f"{name} is for swapping: give swap too, or leave it out")
-        if self.swap and self.replicate != "off":
-            raise ValueError(f"replicate {self.replicate} does not copy swapped KV yet: leave replicate or swap out")
         if self.swap and (self.synthetic is None) != (self.synthetic_link is None):
             raise ValueError(
                 "synthetic stages swap over a link of synthetic_link bytes per second: give both, or neither"

@@ -5,21 +5,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from math import prod
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dejavu.cluster.accelerator import claim_memory, enter_device, most_tokens, share_memory
+from dejavu.cluster.keeping import (
+    make_replicators,
+    needs_replica_carrier,
+    open_replica_carrier,
+    open_vault,
+    outlives_worker,
+    take_pool,
+    take_weights,
+)
 from dejavu.cluster.links import Links, open_inbox, open_outbox, open_sums
-from dejavu.device import Device, Location
+from dejavu.device import Device, Location, Stream
+from dejavu.device.vault import Vault
 from dejavu.engine.controller import Controller
 from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover, Movers, NoMover, PromptMover, SyntheticMover, TokenMover
 from dejavu.engine.inlet import DirectInlet, HostInlet, Inlet, NoInlet, StagedInlet
 from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
 from dejavu.engine.messages import Ready, Report
+from dejavu.engine.replication import ReplicaSource
 from dejavu.engine.residency import Residency
 from dejavu.engine.rows import RowTable
 from dejavu.engine.scheduler import Scheduler
@@ -42,8 +53,12 @@ from dejavu.kv.swap import PoolLink, SimulatedLink
 from dejavu.measure.clock import ClockSample, RunClock, estimate_offset
 from dejavu.measure.cpu import CpuMeter, CpuUsage
 from dejavu.model.spec import Shard
+from dejavu.model.weight_arena import WeightArena
 from dejavu.topology import CONTROLLER, Pipeline, Placement, Role
 from dejavu.transport.mpi import Channel
+
+if TYPE_CHECKING:
+    from dejavu.model.weights import Allocate, Weights
 
 LOAD_DEADLINE_S = 1800.0
 CLOCK_SAMPLES = 10
@@ -138,7 +153,7 @@ def join_clock(channel: Channel) -> RunClock:
 
 def workers_comm(channel: Channel, setup: EngineSetup) -> Any:
     """Make the workers' own communicator, where a rank is one less, if KV moves between them; all ranks call this."""
-    if not setup.moves_kv:
+    if not setup.moves_kv and not needs_replica_carrier(channel, setup):
         return None
     return channel.comm.Split(int(channel.rank == CONTROLLER), channel.rank)
 
@@ -150,9 +165,10 @@ def run_worker(channel: Channel, setup: EngineSetup) -> None:
     started = time.monotonic()
     torch.set_num_threads(setup.config.threads or threads_per_worker(channel))
     with ExitStack() as stack, named_memory_errors(channel):
-        site = Site(channel, setup, placement, enter_device(channel, setup, stack))
+        vault = None if setup.config.synthetic else stack.enter_context(open_vault(setup))
+        site = Site(channel, setup, placement, enter_device(channel, setup, stack), vault)
         links = open_links(site, stack)
-        stage, weight_bytes = make_stage(site, make_all_reduce(site, links))
+        stage, weight_bytes = make_stage(site, make_all_reduce(site, links), stack)
         claim_memory(channel, setup, placement, site.device, weight_bytes)
         swap = make_swap(site, stack) if site.cache.is_swapped else None
         mover, pool = make_mover(site, comm, stack, swap)
@@ -191,6 +207,7 @@ class Site:
     setup: EngineSetup
     placement: Placement
     device: Device
+    vault: Vault | None  # synthetic stages have nothing to keep
 
     @property
     def shard(self) -> Shard:
@@ -213,23 +230,39 @@ class Site:
         return self.pipeline.rank_of(self.placement.stage + distance, self.shard.tp_rank)
 
 
-def make_stage(site: Site, all_reduce: AllReduce | None) -> tuple[Stage, int]:
-    """Load this rank's part of the model; give it and the bytes of its weights."""
+def make_stage(site: Site, all_reduce: AllReduce | None, stack: ExitStack) -> tuple[Stage, int]:
+    """Load this rank's part of the model, or map what the keeper has of it; give it and the bytes of its weights."""
     setup, shard = site.setup, site.shard
     if setup.config.synthetic:
         from dejavu.model.synthetic import SyntheticStage
 
         return SyntheticStage(shard, setup.spec.vocab_size, *setup.config.synthetic), 0
     from dejavu.model.decoder import StageModel
+
+    arena, memory = WeightArena(setup.spec, shard, dtype_of(setup)), None
+    if site.vault and outlives_worker(site.device, arena):
+        weights, memory = take_weights(
+            site.vault, site.device, site.placement, arena, lambda allocate: load_weights(site, allocate)
+        )
+    else:
+        weights = load_weights(site)
+    weight_bytes = sum(weight.nbytes for weight in weights.values())
+    stage = StageModel(setup.spec, shard, weights, all_reduce)
+    if memory and setup.on_cuda:
+        stack.enter_context(memory)
+    elif memory:
+        memory.close()  # tensors that are used where they lie hold it
+    return stage, weight_bytes
+
+
+def load_weights(site: Site, allocate: "Allocate | None" = None) -> "Weights":
+    """Read this rank's weights from the checkpoint, or make them up, into what `allocate` gives."""
     from dejavu.model.weights import dummy_stage, load_stage
 
-    dtype, torch_device = dtype_of(setup), site.device.torch_device
+    setup, dtype, torch_device = site.setup, dtype_of(site.setup), site.device.torch_device
     if setup.directory:
-        weights = load_stage(setup.directory, setup.spec, shard, dtype, torch_device)
-    else:
-        weights = dummy_stage(setup.spec, shard, dtype, torch_device)
-    weight_bytes = sum(weight.nbytes for weight in weights.values())
-    return StageModel(setup.spec, shard, weights, all_reduce), weight_bytes
+        return load_stage(setup.directory, setup.spec, site.shard, dtype, torch_device, allocate)
+    return dummy_stage(setup.spec, site.shard, dtype, torch_device, allocate)
 
 
 def open_links(site: Site, stack: ExitStack) -> Links:
@@ -277,19 +310,20 @@ class SwappedMemory:
 
 
 def make_swap(site: Site, stack: ExitStack) -> SwappedMemory:
-    """Take swapped KV memory, of zeros, and what swaps it; `stack` gives both back."""
+    """Take swapped KV memory, of which the keeper has the host's, and what swaps it; `stack` gives both back."""
     setup, shape, cache, device = site.setup, site.pipeline.shape, site.cache, site.device
     books = Residency(shape.num_microbatches, shape.microbatch_size, cache.blocks_per_row, setup.config.resident)
     whole = rank_cache(setup, site.placement)
     if setup.config.synthetic_link:
         simulated = SimulatedLink(whole.layout.bytes_per_token, setup.config.synthetic_link)
         mover = SwapMover(device, books, simulated, device.compute_stream)
-        return SwappedMemory(stack.enter_context(closing(mover)), make_pool(site, stack), None)
+        return SwappedMemory(stack.enter_context(closing(mover)), make_empty_pool(site), None)
+    assert site.vault
     layout = replace(whole.layout, num_blocks=cache.device_blocks)
     memory = stack.enter_context(device.allocate_exportable(layout.total_bytes))
-    host = stack.enter_context(KVPool(device, whole, make_rows(site), dtype_of(setup), location=Location.HOST))
-    for buffer in (memory, host.memory):
-        device.fill(buffer, 0, stream=device.compute_stream)
+    device.fill(memory, 0, stream=device.compute_stream)
+    kept = stack.enter_context(take_pool(site.vault, device, site.placement, whole.layout, Location.HOST)[0])
+    host = KVPool(device, whole, make_rows(site), dtype_of(setup), memory=kept)
     mover = SwapMover(device, books, PoolLink(device, layout, memory, host.memory), device.compute_stream)
     tensor = memory.view(0, layout.total_bytes).tensor(dtype_of(setup), layout.shape)
     return SwappedMemory(stack.enter_context(closing(mover)), tensor, host)
@@ -298,29 +332,48 @@ def make_swap(site: Site, stack: ExitStack) -> SwappedMemory:
 def make_mover(site: Site, comm: Any, stack: ExitStack, swap: SwappedMemory | None = None) -> tuple[Mover, Tensor]:
     """Take this rank's KV memory, and what moves KV in or out of it; `stack` gives both back.
 
-    The memory is zeros [block, layer, k/v, token, kv_head, head_dim].
+    The memory is zeros [block, layer, k/v, token, kv_head, head_dim], unless the keeper has had it before.
     """
-    setup, role = site.setup, site.pipeline.role
-    if not setup.moves_kv:
-        mover: Mover = SyntheticMover(site.channel) if setup.config.is_disaggregated else NoMover()
-        return (Movers([swap.mover, mover]), swap.tensor) if swap else (mover, make_pool(site, stack))
+    setup, device = site.setup, site.device
+    movers: list[Mover] = [swap.mover] if swap else []
+    if not site.vault:
+        movers.append(SyntheticMover(site.channel) if setup.config.is_disaggregated else NoMover())
+        return Movers(movers), swap.tensor if swap else make_empty_pool(site)
+    cache = rank_cache(setup, site.placement)
+    if swap:
+        # A prompt lands in host memory, behind the flushes for whoever had its blocks before; copies leave from there.
+        assert swap.host
+        pool, stream, tensor = swap.host, swap.mover.lanes.flush_stream, swap.tensor
+    else:
+        memory = stack.enter_context(take_pool(site.vault, device, site.placement, cache.layout)[0])
+        pool, stream = KVPool(device, cache, make_rows(site), dtype_of(setup), memory=memory), device.compute_stream
+        tensor = pool.tensor
+    if setup.moves_kv:
+        movers.append(make_handover(site, comm, pool, stream, stack))
+    carrier = open_replica_carrier(site.channel, setup, device, comm, stack)
+    copied = ReplicaSource(device, pool.memory, stream)
+    movers += make_replicators(site.channel, setup, site.vault, copied, partial(pool_layout, setup), carrier, stack)
+    return Movers(movers) if movers else NoMover(), tensor
+
+
+def make_handover(site: Site, comm: Any, pool: KVPool, stream: Stream, stack: ExitStack) -> Mover:
+    """Move prompts' KV between the pipelines, in or out of this rank's pool, behind the work of `stream`."""
     from dejavu.transport.registry import open_carrier
 
-    level, device = Level(setup.config.stream_level), site.device
+    setup, device = site.setup, site.device
+    level = Level(setup.config.stream_level)
     carrier = stack.enter_context(open_carrier(setup.config.transport, device, comm, gathering=level.gathering))
     sides = [
         CacheSide(tuple(rank_cache(setup, p) for p in setup.topology.workers_of(pipeline)), {})
         for pipeline in setup.topology.pipelines
     ]
-    resharding = Resharding(*sides)
-    if swap:
-        assert swap.host
-        # A prompt lands in host memory, behind the flushes for whoever had its blocks before.
-        landing = TokenMover(site.channel, carrier, swap.host, resharding, level, swap.mover.lanes.flush_stream)
-        return Movers([swap.mover, landing]), swap.tensor
-    pool = stack.enter_context(KVPool(device, rank_cache(site.setup, site.placement), make_rows(site), dtype_of(setup)))
-    kind = PromptMover if role is Role.PROMPT else TokenMover
-    return kind(site.channel, carrier, pool, resharding, level, device.compute_stream), pool.tensor.zero_()
+    kind = PromptMover if site.pipeline.role is Role.PROMPT else TokenMover
+    return kind(site.channel, carrier, pool, Resharding(*sides), level, stream)
+
+
+def pool_layout(setup: EngineSetup, placement: Placement) -> PoolLayout:
+    """Describe the pool of a worker."""
+    return rank_cache(setup, placement).layout
 
 
 def rank_cache(setup: EngineSetup, placement: Placement) -> RankCache:
@@ -351,16 +404,10 @@ def dtype_of(setup: EngineSetup) -> torch.dtype:
     return dtype
 
 
-def make_pool(site: Site, stack: ExitStack) -> Tensor:
-    """Take KV memory that nothing moves in or out of; on a GPU exportable, given back by `stack`."""
-    spec, cache, shard, dtype = site.setup.spec, site.cache, site.shard, dtype_of(site.setup)
-    num_layers = 0 if site.setup.config.synthetic else shard.last_layer - shard.first_layer
-    heads = spec.num_kv_heads // shard.tp_size
-    shape = (cache.num_blocks, num_layers, 2, cache.block_size, heads, spec.head_dim)
-    if not site.setup.on_cuda:
-        return torch.zeros(shape, dtype=dtype)
-    memory = stack.enter_context(site.device.allocate_exportable(prod(shape) * dtype.itemsize))
-    return memory.tensor(dtype, shape).zero_()
+def make_empty_pool(site: Site) -> Tensor:
+    """Give the pool of a synthetic stage: of no layers."""
+    spec, cache, heads = site.setup.spec, site.cache, site.setup.spec.num_kv_heads // site.shard.tp_size
+    return torch.zeros((cache.num_blocks, 0, 2, cache.block_size, heads, spec.head_dim), dtype=dtype_of(site.setup))
 
 
 def make_worker(

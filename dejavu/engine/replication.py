@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dejavu.device.base import Buffer, Device
+from dejavu.device.base import Buffer, Device, Stream
 from dejavu.device.pieces import Pieces
 from dejavu.engine.handover import LOOK_EVERY_S, NoMover
 from dejavu.engine.messages import Replicated, Report, Work
@@ -32,6 +32,15 @@ class Copying:
     copies: Sequence[RowCopy]
     transfer: Transfer | None
     start_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSource:
+    """Name the memory that has all KV of a rank, in the controller's blocks, behind the work of `stream`."""
+
+    device: Device
+    pool: Buffer
+    stream: Stream
 
 
 class PassFollower(NoMover):
@@ -125,30 +134,28 @@ class DirectReplicator(Receiving):
     def __init__(
         self,
         channel: Channel,
-        device: Device,
-        pool: Buffer,
+        source: ReplicaSource,
         store: ReplicaStore,
         every: int,
         holder: int,
     ) -> None:
         super().__init__(channel, store, every, channel.rank, holder)
-        self.device = device
-        self.pool = pool
-        self.lanes = Lanes(device, "replica", limit=1)
+        self.source = source
+        self.lanes = Lanes(source.device, "replica", limit=1)
 
     def post(self, microbatch: int, step: int, copies: Sequence[RowCopy]) -> Transfer | None:
         """Store the tokens."""
-        compute, target = self.device.compute_stream, self.store.pool
-        if self.device.properties.kind == "cpu":
-            copy_tokens(self.device, target, self.pool, self.layout, copies, stream=compute)
+        device, pool, target = self.source.device, self.source.pool, self.store.pool
+        if device.properties.kind == "cpu" and self.source.stream is device.compute_stream:
+            copy_tokens(device, target, pool, self.layout, copies, stream=self.source.stream)
             return None
         packed = list_pieces(self.layout, copies)
         pieces = Pieces(packed.source, packed.source, packed.nbytes)
         return self.lanes.run(
             packed.total_bytes,
-            self.lanes.mark(compute),
-            lambda lane: move(self.device, target, self.pool, pieces, Gathering.PACKED, stream=lane),
-            (target, self.pool, pieces),
+            self.lanes.mark(self.source.stream),
+            lambda lane: move(device, target, pool, pieces, Gathering.PACKED, stream=lane),
+            (target, pool, pieces),
         )
 
     def close(self) -> None:
@@ -162,7 +169,7 @@ class SendingReplicator(PassFollower):
     def __init__(
         self,
         carrier: Carrier,
-        pool: Buffer,
+        source: ReplicaSource,
         layout: PoolLayout,
         every: int,
         owner: int,
@@ -170,15 +177,15 @@ class SendingReplicator(PassFollower):
     ) -> None:
         super().__init__(layout, every, owner, holder)
         self.carrier = carrier
-        self.pool = pool
+        self.source = source
 
     def post(self, microbatch: int, step: int, copies: Sequence[RowCopy]) -> Transfer | None:
         """Send the tokens, packed into one message."""
         if not copies:
             return None
         key = step_key(self.owner, self.holder, microbatch, step)
-        stream = self.carrier.device.compute_stream
-        return self.carrier.send(self.holder, key, self.pool, list_pieces(self.layout, copies), stream=stream)
+        pieces = list_pieces(self.layout, copies)
+        return self.carrier.send(self.holder, key, self.source.pool, pieces, stream=self.source.stream)
 
     def arrived(self, copying: Copying) -> None:
         """Leave it to the holder to tell."""
