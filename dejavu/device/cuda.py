@@ -173,7 +173,7 @@ class CudaDevice(Device):
     def allocate(self, nbytes: int) -> Buffer:
         """Allocate with cuMemAlloc."""
         check_fits(nbytes, self.free_bytes(), str(self))
-        return self._own(cuda_memory.PlainMemory(nbytes))
+        return self._own(cuda_memory.PlainMemory(nbytes, self.properties.index))
 
     def allocate_exportable(self, nbytes: int) -> Buffer:
         """Allocate with cuMemCreate; the size is rounded up to whole pages of 2 MiB."""
@@ -208,7 +208,7 @@ class CudaDevice(Device):
     def open_ipc(self, handle: bytes, nbytes: int) -> Buffer:
         """Open with cuIpcOpenMemHandle; peer access between the two devices is enabled by the driver."""
         self.activate()
-        return self._own(cuda_memory.OpenedMemory(handle, nbytes))
+        return self._own(cuda_memory.OpenedMemory(handle, nbytes, self.properties.index))
 
     def _own(self, memory: Memory) -> Buffer:
         return Buffer(self, memory, memory.address, memory.nbytes, owner=True)

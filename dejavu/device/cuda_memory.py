@@ -17,44 +17,26 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Range:
-    """Show torch a range of device memory, and keep its owner's object."""
-
-    __slots__ = ("__cuda_array_interface__", "_owner")
-
-    def __init__(self, owner: Memory, address: int, nbytes: int) -> None:
-        self._owner = owner
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-            "strides": None,
-            "stream": None,
-        }
-
-
 class CudaMemory(Memory):
     """Hold what all CUDA memory shares: the tensor, and refusals for what only some kinds can do."""
 
-    __slots__ = ("_open",)
+    __slots__ = ("_device", "_open")
 
-    def __init__(self, address: int, nbytes: int, location: Location) -> None:
+    def __init__(self, address: int, nbytes: int, location: Location, device: int = 0) -> None:
+        """`device` is the one that device memory is mapped for."""
         super().__init__(address, nbytes, location)
+        self._device = device
         self._open = True
 
     def tensor(self, address: int, nbytes: int) -> "torch.Tensor":
-        """Give a tensor on the device where the memory lies."""
+        """Give a tensor on the device that the memory is mapped for: only its kernels may touch imported memory."""
         import torch
 
         assert self._open, "the memory was closed"
-        # Imported memory may lie on another device than this one; torch copies where it is told the wrong one.
-        ordinal = call(
-            driver.cuPointerGetAttribute, driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address
-        )
-        tensor = torch.as_tensor(_Range(self, address, nbytes), device=f"cuda:{int(ordinal)}")
-        assert tensor.data_ptr() == address, "torch copied memory that it should have shown"
-        return tensor
+        # torch is told the device: the driver would give the one where the memory lies, which may not even map it here.
+        device = torch.device("cuda", self._device)
+        storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
     def export_fd(self) -> int:
         """Refuse: this memory was made without a descriptor."""
@@ -80,8 +62,8 @@ class PlainMemory(CudaMemory):
 
     __slots__ = ()
 
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(int(call(driver.cuMemAlloc, nbytes)), nbytes, Location.DEVICE)
+    def __init__(self, nbytes: int, device: int) -> None:
+        super().__init__(int(call(driver.cuMemAlloc, nbytes)), nbytes, Location.DEVICE, device)
 
     def ipc_handle(self) -> bytes:
         """Give the driver's handle."""
@@ -97,12 +79,12 @@ class OpenedMemory(CudaMemory):
 
     __slots__ = ()
 
-    def __init__(self, handle: bytes, nbytes: int) -> None:
+    def __init__(self, handle: bytes, nbytes: int, device: int) -> None:
         assert len(handle) == IPC_HANDLE_BYTES
         opaque = driver.CUipcMemHandle()
         ctypes.memmove(int(opaque.getPtr()), handle, IPC_HANDLE_BYTES)
         flags = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-        super().__init__(int(call(driver.cuIpcOpenMemHandle, opaque, flags.value)), nbytes, Location.DEVICE)
+        super().__init__(int(call(driver.cuIpcOpenMemHandle, opaque, flags.value)), nbytes, Location.DEVICE, device)
 
     def _release(self) -> None:
         call(driver.cuIpcCloseMemHandle, self.address)
@@ -117,7 +99,7 @@ class ExportableMemory(CudaMemory):
         """Take over the handle and map it for `device`."""
         self._handle = handle
         self._mapped_bytes = mapped_bytes
-        super().__init__(_map(handle, mapped_bytes, device), nbytes, Location.DEVICE)
+        super().__init__(_map(handle, mapped_bytes, device), nbytes, Location.DEVICE, device)
 
     def export_fd(self) -> int:
         """Export a new descriptor."""
