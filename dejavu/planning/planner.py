@@ -7,10 +7,11 @@ from typing import Any, Literal, Protocol
 from dejavu.errors import CapacityError, ConfigError, UsageError
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.profile import Profile, ProfileTimes
+from dejavu.planning.result import Result
 from dejavu.planning.setup import PipelineRole, PipelineSetup, Setup, Swap
 from dejavu.planning.shape import ModelShape
-from dejavu.planning.simulator import Result, simulate
-from dejavu.planning.times import StageTimes, check_times
+from dejavu.planning.simulator import simulate
+from dejavu.planning.times import Line, StageTimes, TimeTable, check_times, constant
 
 INFINITY = float("inf")
 GB = 1e9
@@ -88,6 +89,12 @@ class ScaledTimes:
     def token_s(self, num_rows: int, context: float) -> float:
         """Give the time of a token step."""
         return self.token_s_per_step / self.parts
+
+    def table(self) -> TimeTable:
+        """Give the product of rows and their tokens, which four points say."""
+        one = self.prompt_s_per_token / self.parts
+        lines = tuple(Line(b, ((1.0, b * one), (2.0, 2 * b * one))) for b in (1.0, 2.0))
+        return TimeTable(lines, constant(self.token_s_per_step / self.parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dejavu.errors import ConfigError
 from dejavu.measure.files import replacing
+from dejavu.planning.times import Line, TimeTable
 
 CONTEXT_STEP = 128
 
@@ -185,3 +186,17 @@ class ProfileTimes:
             middle = (key[1] + 0.5) * CONTEXT_STEP
             self.tokens[key] = self.profile.token_ms(middle, num_rows, self.tp) * self.share
         return self.tokens[key]
+
+    def table(self) -> TimeTable:
+        """Give the measured points, scaled to the stage."""
+        prompts = [(t.batch, t.prompt_len, t.ms) for t in self.profile.prompt if t.tp == self.tp]
+        tokens = [(t.batch, t.context, t.ms) for t in self.profile.token if t.tp == self.tp]
+        return TimeTable(lines(prompts, self.prompt_share), lines(tokens, self.share), CONTEXT_STEP)
+
+
+def lines(points: Sequence[tuple[float, float, float]], share: float) -> tuple[Line, ...]:
+    """Sort measured (batch, length, ms) into lines of seconds."""
+    return tuple(
+        Line(batch, tuple(sorted((length, share * ms) for b, length, ms in points if b == batch)))
+        for batch in sorted({b for b, _, _ in points})
+    )

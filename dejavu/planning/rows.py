@@ -13,7 +13,7 @@ from dejavu.measure.records import write_table
 from dejavu.planning.paper import PaperPlan
 from dejavu.planning.paper_simulator import PaperResult
 from dejavu.planning.planner import Plan, Scored
-from dejavu.planning.simulator import Result
+from dejavu.planning.result import Result
 
 Row = dict[str, Any]
 

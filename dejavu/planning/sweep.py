@@ -5,9 +5,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
+from dejavu.errors import UsageError
+from dejavu.planning.machine_code import is_worth_it
 from dejavu.planning.planner import Layout, LayoutKind, Task, TimeSource, make_setup, misfit
 from dejavu.planning.simulator import simulate
-from dejavu.planning.times import StageTimes
+from dejavu.planning.times import StageTimes, Tabled, TimeTable, constant
 
 NEAR = 1.15  # of the most even split's busier side: the next one may be better by so much in a simulation
 KINDS: tuple[LayoutKind, ...] = ("colocated", "data-parallel", "disaggregated")
@@ -37,6 +39,12 @@ class AverageSteps:
     def token_s(self, num_rows: int, context: float) -> float:
         """Give the time of a token step."""
         return self.step_s
+
+    def table(self) -> TimeTable:
+        """Take the source's prompts, if it has a table."""
+        if not isinstance(self.times, Tabled):
+            raise UsageError(f"{type(self.times).__name__} has no table of times to average: measure a profile")
+        return replace(self.times.table(), token=constant(self.step_s), span=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +91,8 @@ def sweep(
     `task.machine.devices` is not used. `cost` is the makespan of all machines, each at
     `cost_per_hour`.
     """
-    points = [(task, count, batch, tp, cost_per_hour) for count in machines for batch in task.batches]
+    code = is_worth_it(len(machines) * len(task.batches) * len(task.requests))
+    points = [(task, count, batch, tp, cost_per_hour, code) for count in machines for batch in task.batches]
     if processes == 1:
         groups = [compare_kinds(*point) for point in points]
     else:
@@ -93,20 +102,24 @@ def sweep(
     return [row for group in groups for row in group]
 
 
-def compare_kinds(task: Task, machines: int, batch: int, tp: int, cost_per_hour: float) -> list[SweepRow]:
+def compare_kinds(
+    task: Task, machines: int, batch: int, tp: int, cost_per_hour: float, machine_code: bool
+) -> list[SweepRow]:
     """Give one point of each kind of layout, with its speed-up."""
     context = sum(r.prompt_tokens + r.output_tokens / 2 for r in task.requests) / len(task.requests)
     task = replace(task, times=AverageSource(task.times, batch, context))
-    group = [row for kind in KINDS for row in point(task, machines, batch, kind, tp, cost_per_hour)]
+    group = [row for kind in KINDS for row in point(task, machines, batch, kind, tp, cost_per_hour, machine_code)]
     base = next((row.makespan_s for row in group if row.layout == "colocated"), float("nan"))
     return [replace(row, speedup=base / row.makespan_s) for row in group]
 
 
-def point(task: Task, machines: int, batch: int, kind: LayoutKind, tp: int, cost_per_hour: float) -> Iterator[SweepRow]:
+def point(
+    task: Task, machines: int, batch: int, kind: LayoutKind, tp: int, cost_per_hour: float, machine_code: bool
+) -> Iterator[SweepRow]:
     """Give the best layout of one kind, if any fits."""
     rows = []
     for layout in candidates(task, machines, batch, kind, tp):
-        result = simulate(make_setup(task, layout), task.requests)
+        result = simulate(make_setup(task, layout), task.requests, machine_code=machine_code)
         rows.append(
             SweepRow(
                 machines=machines,

@@ -1,7 +1,7 @@
 """Say how long a stage takes for a pass: what a simulated pipeline asks in place of computing."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from dejavu.errors import UsageError
 
@@ -22,6 +22,41 @@ class StageTimes(Protocol):
 
     def token_s(self, num_rows: int, context: float) -> float:
         """Give the time of a token step of `num_rows` requests with a mean of `context` tokens in the cache."""
+
+
+class Line(NamedTuple):
+    """Give times of a pass with so many rows, at (mean tokens of a row, seconds) in order: straight in between."""
+
+    batch: float
+    points: tuple[tuple[float, float], ...]
+
+
+def constant(seconds: float) -> tuple[Line, ...]:
+    """Give the lines of a time that never changes."""
+    return (Line(1.0, ((1.0, seconds),)),)
+
+
+@dataclass(frozen=True, slots=True)
+class TimeTable:
+    """Give a stage's times as lines, by rows: between two of them, and beyond their ends, see `profile.interpolate`.
+
+    A token step takes the same over a `span` of context (0: over any), as in its middle. With `by_share` a prompt pass
+    takes its share of the time; `overhead_s` comes on top.
+    """
+
+    prompt: tuple[Line, ...]
+    token: tuple[Line, ...]
+    span: int = 0
+    by_share: bool = False
+    overhead_s: float = 0.0
+
+
+@runtime_checkable
+class Tabled(Protocol):
+    """Be times that a table can give, so that machine code can simulate with them."""
+
+    def table(self) -> TimeTable:
+        """Give the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +90,10 @@ class FixedTimes:
     def token_s(self, num_rows: int, context: float) -> float:
         """Give the time of any token step."""
         return self.token
+
+    def table(self) -> TimeTable:
+        """Give the two times."""
+        return TimeTable(constant(self.prompt), constant(self.token), 0, True, self.prompt_overhead)
 
 
 def check_times(**values: float) -> None:

@@ -170,8 +170,9 @@ def test_default_is_the_plain_engine(requests, layout, times, admission_s, hop_s
     delays = {"cache_s": 0.0173205, "admission_s": admission_s, "prompt_ahead": prompt_ahead}
     plain = naive.Engine(requests, layout, *times, **delays, hop_s=hop_s)
     first, finish = plain.run()
-    for record in (False, True):  # turns skipped, and none skipped
-        result = simulate(make_setup(layout, *times, hop_s=hop_s, **delays), requests, record=record)
+    setup = make_setup(layout, *times, hop_s=hop_s, **delays)
+    for way in ({"record": True}, {"machine_code": False}, {"machine_code": True}):
+        result = simulate(setup, requests, **way)
         np.testing.assert_allclose(result.first_token_s, first, rtol=0, atol=1e-6)
         np.testing.assert_allclose(result.finish_s, finish, rtol=0, atol=1e-6)
         begun = [float("nan") if time is None else time for time in plain.second_begun]
@@ -216,7 +217,7 @@ def test_skipping_changes_nothing(requests, layout, extra, chunk, times, swap):
         for role, s, rows in layout
     )
     setup = Setup(pipelines, cache_s=0.0173205)  # no two things happen at once by chance
-    quick, slow = simulate(setup, requests), simulate(setup, requests, record=True)
+    quick, slow = simulate(setup, requests, machine_code=False), simulate(setup, requests, record=True)
     np.testing.assert_allclose(quick.finish_s, slow.finish_s, rtol=0, atol=1e-6)
     assert quick.num_passes == slow.num_passes
     np.testing.assert_allclose(np.concatenate(quick.stage_busy_s), np.concatenate(slow.stage_busy_s), atol=1e-6)
