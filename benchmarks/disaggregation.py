@@ -208,7 +208,7 @@ def run_rank(options: Options, given: dict[str, Any], out: str | None) -> int:
     """Run one arrangement after the other; rank 0 drives and reports, the others work until there is no further one."""
     from mpi4py import MPI
 
-    from dejavu.cluster.engine import run_worker
+    from dejavu.cluster.participant import run_worker
     from dejavu.transport.mpi import Channel
 
     channel, code = Channel(MPI.COMM_WORLD, 120.0), 0

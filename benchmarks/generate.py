@@ -98,8 +98,9 @@ def run_rank(configs: list[ServeConfig], options: dict[str, Any], out: str | Non
     """Run one engine after the other; rank 0 times them."""
     from mpi4py import MPI
 
-    from dejavu.cluster.engine import run_controller, run_worker
+    from dejavu.cluster.engine import run_controller
     from dejavu.cluster.job import prepare
+    from dejavu.cluster.participant import run_worker
     from dejavu.transport.mpi import Channel
 
     channel = Channel(MPI.COMM_WORLD, 600.0)

@@ -114,7 +114,7 @@ def run_rank(settings: Settings, options: dict[str, Any], out: str | None) -> in
 
 def follow(channel: "Channel", settings: Settings) -> int:
     """Be a worker of each engine that rank 0 calls for, until it calls for none."""
-    from dejavu.cluster.engine import run_worker
+    from dejavu.cluster.participant import run_worker
 
     cases = {case.name: case for case in (settings.calibration, *settings.cases)}
     while name := channel.receive(CONTROLLER)[1]:

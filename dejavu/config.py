@@ -124,6 +124,9 @@ class ServeConfig(BaseModel):
     replica_transport: Literal["auto", "tcp", "mpi"] = option(
         "auto", "Failures", "What carries replicas to another host, tcp by default; one host shares memory by default."
     )
+    spares: int = option(
+        0, "Failures", "Ranks that wait to take the place of one that dies; serving goes on meanwhile.", ge=0
+    )
 
     swap: bool = option(
         False, "Swapping", "Keep the KV of a few microbatches on the device and of all in host memory; not of prompts."

@@ -19,6 +19,7 @@ class Role(StrEnum):
     BOTH = "both"  # a stage of a colocated pipeline: prompts and tokens
     PROMPT = "prompt"
     TOKEN = "token"  # noqa: S105 (a role, no secret)
+    SPARE = "spare"  # waits to take the place of a rank that dies
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,24 @@ class Topology:
         """Count the stages of all pipelines."""
         return sum(pipeline.pp for pipeline in self.pipelines)
 
+    @property
+    def first_spare(self) -> int:
+        """Give the lowest rank that is a spare, or the number of ranks where there is none."""
+        return 1 + len(self.workers)
+
+    def name(self, rank: int) -> str:
+        """Say in words what a rank is for, such as "token stage 1"."""
+        placement = self.placements[rank]
+        if placement.shard is None:
+            return placement.role.value
+        words = [] if placement.role is Role.BOTH else [placement.role.value]
+        words.append(f"stage {placement.stage}")
+        if placement.role is Role.BOTH and len(self.pipelines) > 1:
+            words.append(f"of pipeline {placement.pipeline}")
+        if placement.shard.tp_size > 1:
+            words.append(f"tensor rank {placement.shard.tp_rank}")
+        return " ".join(words)
+
     def workers_of(self, pipeline: Pipeline) -> tuple[Placement, ...]:
         """Give the workers of one pipeline."""
         return tuple(p for p in self.workers if p.pipeline == pipeline.index)
@@ -136,13 +155,21 @@ def build_topology(config: ServeConfig, spec: ModelSpec, world_size: int) -> Top
         shapes = " + ".join(f"pp {shape.pp} x tp {shape.tp}" for shape in config.pipeline_shapes)
         raise TopologyError(
             f"{world_size} ranks were started and {shapes} needs {needed} "
-            f"(a controller and {config.num_workers} workers): use `mpirun -n {needed}`, or no mpirun at all"
+            f"({described_ranks(config)}): use `mpirun -n {needed}`, or no mpirun at all"
         )
     pipelines = plan_pipelines(config)
     workers = [placement for pipeline in pipelines for placement in place_workers(pipeline, config, spec)]
-    return Topology((Placement(CONTROLLER, Role.CONTROLLER), *workers), pipelines)
+    spares = [Placement(1 + config.num_workers + index, Role.SPARE) for index in range(config.spares)]
+    return Topology((Placement(CONTROLLER, Role.CONTROLLER), *workers, *spares), pipelines)
+
+
+def described_ranks(config: ServeConfig) -> str:
+    """Say in words which ranks a configuration needs."""
+    if not config.spares:
+        return f"a controller and {config.num_workers} workers"
+    return f"a controller, {config.num_workers} workers and {config.spares} spares"
 
 
 def required_ranks(config: ServeConfig) -> int:
-    """Count the ranks that a configuration needs: a controller and its workers."""
-    return 1 + config.num_workers
+    """Count the ranks that a configuration needs: a controller, its workers and spares."""
+    return 1 + config.num_workers + config.spares

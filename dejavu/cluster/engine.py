@@ -1,35 +1,32 @@
 """Join the engine's parts on every rank: weights, pool, source and sink of each worker, and the controller."""
 
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from dejavu.cluster.accelerator import claim_memory, enter_device, most_tokens, share_memory
+from dejavu.cluster.accelerator import most_tokens
+from dejavu.cluster.company import WorkerCompany
 from dejavu.cluster.keeping import (
     make_replicators,
-    needs_replica_carrier,
     open_replica_carrier,
-    open_vault,
     outlives_worker,
     take_pool,
     take_weights,
 )
 from dejavu.cluster.links import Links, open_inbox, open_outbox, open_sums
-from dejavu.device import Device, Location, Stream
+from dejavu.device.base import Buffer, Device, Location, Stream
 from dejavu.device.vault import Vault
 from dejavu.engine.controller import Controller
 from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover, Movers, NoMover, PromptMover, SyntheticMover, TokenMover
 from dejavu.engine.inlet import DirectInlet, HostInlet, Inlet, NoInlet, StagedInlet
 from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
-from dejavu.engine.messages import Ready, Report
+from dejavu.engine.messages import Report
 from dejavu.engine.replication import ReplicaSource
 from dejavu.engine.residency import Residency
 from dejavu.engine.rows import RowTable
@@ -42,16 +39,17 @@ from dejavu.engine.source import Scheduled, Source, Upstream
 from dejavu.engine.swapping import SwapMover
 from dejavu.engine.text import StreamFactory
 from dejavu.engine.timeline import DeviceTimeline, HostTimeline, Timeline
-from dejavu.engine.worker import BlockTable, GivenBlocks, Stage, Worker
-from dejavu.errors import CapacityError
+from dejavu.engine.worker import GivenBlocks, Stage, Worker
 from dejavu.kv.layout import PoolLayout, RowMap
 from dejavu.kv.plan import Resharding
 from dejavu.kv.pool import KVPool
 from dejavu.kv.side import CacheSide, RankCache
 from dejavu.kv.stream import Level
 from dejavu.kv.swap import PoolLink, SimulatedLink
-from dejavu.measure.clock import ClockSample, RunClock, estimate_offset
+from dejavu.measure.clock import RunClock
 from dejavu.measure.cpu import CpuMeter, CpuUsage
+from dejavu.measure.failures import FailureRecord
+from dejavu.measure.records import StepRecord
 from dejavu.model.spec import Shard
 from dejavu.model.weight_arena import WeightArena
 from dejavu.topology import CONTROLLER, Pipeline, Placement, Role
@@ -60,8 +58,6 @@ from dejavu.transport.mpi import Channel
 if TYPE_CHECKING:
     from dejavu.model.weights import Allocate, Weights
 
-LOAD_DEADLINE_S = 1800.0
-CLOCK_SAMPLES = 10
 AllReduce = Callable[[Tensor], None]
 Result = TypeVar("Result")
 
@@ -76,6 +72,7 @@ class Outcome:
     reports: dict[int, Report]
     peak_blocks: tuple[int, ...]  # by pipeline
     cpu: CpuUsage
+    failures: list[FailureRecord]
 
 
 def run_controller(
@@ -87,22 +84,23 @@ def run_controller(
 ) -> tuple[Result, Outcome]:
     """Serve from rank 0: wait for the workers, let `drive` use the controller, end the run.
 
-    Every other rank of the channel has to call `run_worker` with the same setup. `announce` is told how each GPU's
-    memory is shared out, before `drive` is called; CapacityError where not all rows fit.
+    Every other rank of the channel has to call `run_worker` with the same setup, or with spares `stand_by`. `announce`
+    is told how each GPU's memory is shared out, before `drive` is called, and of failures; CapacityError where not all
+    rows fit.
     """
     workers = [placement.rank for placement in setup.topology.workers]
-    workers_comm(channel, setup)
     seating = make_seating(channel, setup)
     controller = Controller(channel, seating, setup.spec.eos_token_ids, make_stream, setup.config.stall_timeout)
-    for line in share_memory(channel, setup, workers, LOAD_DEADLINE_S):
-        announce(line)
-    for line in describe_links(controller.wait_ready(workers, LOAD_DEADLINE_S)):
-        announce(line)
-    controller.clock = share_clock(channel, workers)
+    controller.announce = announce
+    company = WorkerCompany(channel, setup, controller)
+    if setup.is_recoverable:
+        controller.company = company
+    controller.enduring(company.assemble)
     meter = CpuMeter()
     result = drive(controller)
     cpu = meter.read()
-    return result, Outcome(controller.stop(workers), tuple(peak_blocks(seating.lanes)), cpu)
+    reports = controller.stop(workers)
+    return result, Outcome(reports, tuple(peak_blocks(seating.lanes)), cpu, controller.failures.records)
 
 
 def make_seating(channel: Channel, setup: EngineSetup) -> Seating:
@@ -120,83 +118,9 @@ def make_seating(channel: Channel, setup: EngineSetup) -> Seating:
         )
         lanes.append(Lane(pipeline.ranks, table))
     if not setup.config.is_disaggregated:
-        return Colocated(lanes, channel.send)
+        return Colocated(lanes, channel.send_if_whole)
     prompt, token = lanes
-    return Disaggregated(prompt, token, channel.send)
-
-
-def share_clock(channel: Channel, workers: list[int]) -> RunClock:
-    """Start the run's clock, and let workers on other hosts find out how far theirs is off."""
-    clock = RunClock.start()
-    for rank in workers:
-        channel.send(rank, clock.origin_s)
-        if rank not in channel.near:
-            for _ in range(CLOCK_SAMPLES):
-                channel.receive(rank, channel.deadline_s)
-                channel.send(rank, time.monotonic())
-    return clock
-
-
-def join_clock(channel: Channel) -> RunClock:
-    """Take the controller's clock."""
-    _, origin_s = channel.receive(CONTROLLER)
-    if CONTROLLER in channel.near:
-        return RunClock.join(origin_s)
-    samples = []
-    for _ in range(CLOCK_SAMPLES):
-        sent_s = time.monotonic()
-        channel.send(CONTROLLER, None)
-        _, remote_s = channel.receive(CONTROLLER, channel.deadline_s)
-        samples.append(ClockSample(sent_s, remote_s, time.monotonic()))
-    return RunClock.join(origin_s, estimate_offset(samples))
-
-
-def workers_comm(channel: Channel, setup: EngineSetup) -> Any:
-    """Make the workers' own communicator, where a rank is one less, if KV moves between them; all ranks call this."""
-    if not setup.moves_kv and not needs_replica_carrier(channel, setup):
-        return None
-    return channel.comm.Split(int(channel.rank == CONTROLLER), channel.rank)
-
-
-def run_worker(channel: Channel, setup: EngineSetup) -> None:
-    """Take this rank's place in its pipeline until the run ends."""
-    placement = setup.topology.placements[channel.rank]
-    comm = workers_comm(channel, setup)
-    started = time.monotonic()
-    torch.set_num_threads(setup.config.threads or threads_per_worker(channel))
-    with ExitStack() as stack, named_memory_errors(channel):
-        vault = None if setup.config.synthetic else stack.enter_context(open_vault(setup))
-        site = Site(channel, setup, placement, enter_device(channel, setup, stack), vault)
-        links = open_links(site, stack)
-        stage, weight_bytes = make_stage(site, make_all_reduce(site, links), stack)
-        claim_memory(channel, setup, placement, site.device, weight_bytes)
-        swap = make_swap(site, stack) if site.cache.is_swapped else None
-        mover, pool = make_mover(site, comm, stack, swap)
-        channel.send(CONTROLLER, Ready(time.monotonic() - started, tuple(links.describe())))
-        clock = join_clock(channel)
-        worker = make_worker(site, stage, pool, swap.mover.books if swap else GivenBlocks(), mover, links, clock)
-        meter = CpuMeter()
-        worker.run()
-        report = Report(worker.flights.steps, meter.read(), worker.flights.host_s)
-        channel.send(CONTROLLER, mover.report(report, channel.rank, clock.at_s))
-
-
-@contextmanager
-def named_memory_errors(channel: Channel) -> Iterator[None]:
-    """Turn torch's error of a GPU without memory into one that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise CapacityError(
-            f"the GPU of rank {channel.rank} has no memory left ({str(error).splitlines()[0]}): "
-            "lower --microbatch-size, --max-prompt-tokens or --row-len, or free what other programs hold on it"
-        ) from error
-
-
-def threads_per_worker(channel: Channel) -> int:
-    """Share this host's cores between the workers on it."""
-    workers_here = len((channel.near | {channel.rank}) - {CONTROLLER})
-    return max(1, len(os.sched_getaffinity(0)) // workers_here)
+    return Disaggregated(prompt, token, channel.send_if_whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +152,23 @@ class Site:
     def neighbour(self, distance: int) -> int:
         """Give the same tensor rank of a stage before or behind this one."""
         return self.pipeline.rank_of(self.placement.stage + distance, self.shard.tp_rank)
+
+
+@dataclass(slots=True)
+class Holdings:
+    """Hold what a worker keeps when another rank dies: its part of the model, KV memory, and what it has recorded.
+
+    The pool is `memory` as [block, layer, k/v, token, kv_head, head_dim]: zeros, or with `has_kv` what this place's
+    last process or epoch left there. Synthetic stages have none; swapped memory is made anew, and what was in it is
+    lost.
+    """
+
+    stage: Stage
+    pool: Tensor
+    memory: Buffer | None
+    meter: CpuMeter
+    has_kv: bool = False
+    steps: list[StepRecord] = field(default_factory=list)
 
 
 def make_stage(site: Site, all_reduce: AllReduce | None, stack: ExitStack) -> tuple[Stage, int]:
@@ -280,15 +221,6 @@ def open_links(site: Site, stack: ExitStack) -> Links:
     return links
 
 
-def describe_links(answers: Mapping[int, Ready]) -> list[str]:
-    """Say how the GPUs are joined, each way once with the ranks that use it."""
-    users: dict[str, list[int]] = {}
-    for rank, ready in sorted(answers.items()):
-        for note in ready.notes:
-            users.setdefault(note, []).append(rank)
-    return [f"{note} (rank {', '.join(map(str, ranks))})" for note, ranks in users.items()]
-
-
 def make_all_reduce(site: Site, links: Links) -> AllReduce | None:
     """Give what sums over the stage's tensor ranks, if there are several."""
     channel, ranks = site.channel, site.pipeline.stage_ranks(site.placement.stage)
@@ -329,40 +261,36 @@ def make_swap(site: Site, stack: ExitStack) -> SwappedMemory:
     return SwappedMemory(stack.enter_context(closing(mover)), tensor, host)
 
 
-def make_mover(site: Site, comm: Any, stack: ExitStack, swap: SwappedMemory | None = None) -> tuple[Mover, Tensor]:
-    """Take this rank's KV memory, and what moves KV in or out of it; `stack` gives both back.
-
-    The memory is zeros [block, layer, k/v, token, kv_head, head_dim], unless the keeper has had it before.
-    """
+def make_mover(site: Site, comm: Any, holdings: Holdings, swap: SwappedMemory | None, ties: ExitStack) -> Mover:
+    """Make what moves KV in or out of this rank's pool; `ties` ends it."""
     setup, device = site.setup, site.device
     movers: list[Mover] = [swap.mover] if swap else []
     if not site.vault:
         movers.append(SyntheticMover(site.channel) if setup.config.is_disaggregated else NoMover())
-        return Movers(movers), swap.tensor if swap else make_empty_pool(site)
-    cache = rank_cache(setup, site.placement)
+        return Movers(movers)
     if swap:
         # A prompt lands in host memory, behind the flushes for whoever had its blocks before; copies leave from there.
         assert swap.host
-        pool, stream, tensor = swap.host, swap.mover.lanes.flush_stream, swap.tensor
+        pool, stream = swap.host, swap.mover.lanes.flush_stream
     else:
-        memory = stack.enter_context(take_pool(site.vault, device, site.placement, cache.layout)[0])
-        pool, stream = KVPool(device, cache, make_rows(site), dtype_of(setup), memory=memory), device.compute_stream
-        tensor = pool.tensor
+        cache = rank_cache(setup, site.placement)
+        pool = KVPool(device, cache, make_rows(site), dtype_of(setup), memory=holdings.memory)
+        stream = device.compute_stream
     if setup.moves_kv:
-        movers.append(make_handover(site, comm, pool, stream, stack))
-    carrier = open_replica_carrier(site.channel, setup, device, comm, stack)
+        movers.append(make_handover(site, comm, pool, stream, ties))
+    carrier = open_replica_carrier(site.channel, setup, device, comm, ties)
     copied = ReplicaSource(device, pool.memory, stream)
-    movers += make_replicators(site.channel, setup, site.vault, copied, partial(pool_layout, setup), carrier, stack)
-    return Movers(movers) if movers else NoMover(), tensor
+    movers += make_replicators(site.channel, setup, site.vault, copied, partial(pool_layout, setup), carrier, ties)
+    return Movers(movers) if movers else NoMover()
 
 
-def make_handover(site: Site, comm: Any, pool: KVPool, stream: Stream, stack: ExitStack) -> Mover:
+def make_handover(site: Site, comm: Any, pool: KVPool, stream: Stream, ties: ExitStack) -> Mover:
     """Move prompts' KV between the pipelines, in or out of this rank's pool, behind the work of `stream`."""
     from dejavu.transport.registry import open_carrier
 
     setup, device = site.setup, site.device
     level = Level(setup.config.stream_level)
-    carrier = stack.enter_context(open_carrier(setup.config.transport, device, comm, gathering=level.gathering))
+    carrier = ties.enter_context(open_carrier(setup.config.transport, device, comm, gathering=level.gathering))
     sides = [
         CacheSide(tuple(rank_cache(setup, p) for p in setup.topology.workers_of(pipeline)), {})
         for pipeline in setup.topology.pipelines
@@ -411,13 +339,7 @@ def make_empty_pool(site: Site) -> Tensor:
 
 
 def make_worker(
-    site: Site,
-    stage: Stage,
-    pool: Tensor,
-    blocks: BlockTable,
-    mover: Mover,
-    links: Links,
-    clock: RunClock,
+    site: Site, holdings: Holdings, swap: SwappedMemory | None, mover: Mover, links: Links, clock: RunClock
 ) -> Worker:
     """Connect a worker to the ranks before and behind it."""
     pipeline, config = site.pipeline, site.setup.config
@@ -433,16 +355,17 @@ def make_worker(
         prompts_only=pipeline.role is Role.PROMPT,
         tells_seats=site.cache.is_swapped,
     )
-    flights = Flights(site.channel.rank, (pipeline.first_stage + stage_index, tp_rank), clock.now_s, links.check)
+    place = pipeline.first_stage + stage_index, tp_rank
+    flights = Flights(site.channel.rank, place, clock.now_s, links.check, holdings.steps)
     source: Source = Upstream(site.channel, mover, flights)
     if leads_first:
         source = Scheduled(site.channel, mover, flights, scheduler, clock.now_s)
     return Worker(
         site.channel,
-        stage,
-        pool,
-        blocks,
-        make_inlet(site, stage, links),
+        holdings.stage,
+        swap.tensor if swap else holdings.pool,
+        swap.mover.books if swap else GivenBlocks(),
+        make_inlet(site, holdings.stage, links),
         source,
         make_sink(site, links, scheduler, clock),
         mover,

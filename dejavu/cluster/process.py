@@ -107,8 +107,9 @@ def refuse(error: BaseException) -> int:
 def abort(exit_code: int) -> None:
     """End every rank of the job at once, if this process takes part in one through MPI.
 
-    Under ULFM, Open MPI's abort hangs with four ranks or more, and nobody sees that a rank has left with an exit code.
-    So this rank revokes all that the others wait at, and leaves; each of them fails on it, and does the same.
+    Under ULFM, Open MPI's abort hangs with four ranks or more. So this rank revokes all that the others wait at, and
+    leaves; each of them fails on it, and does the same. It leaves by a signal, since nobody sees that a rank has gone
+    with an exit code, and who looks for survivors meanwhile would wait for it.
     """
     if "mpi4py.MPI" not in sys.modules:
         return
@@ -117,9 +118,11 @@ def abort(exit_code: int) -> None:
     if not MPI.Is_initialized() or MPI.Is_finalized():
         return
     if os.environ.get(FAULT_TOLERANCE) == "1":
-        from dejavu.transport.mpi import revoke_all
+        from dejavu.transport.mpi import revoke_all, survivors_are_sought
 
         revoke_all()
+        if survivors_are_sought():
+            os.kill(os.getpid(), signal.SIGKILL)
         os._exit(exit_code)
     MPI.COMM_WORLD.Abort(exit_code)
 

@@ -1,24 +1,27 @@
 """Run one rank of `dejavu serve`, inside mpirun."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from dejavu.cluster.accelerator import accelerator_index
-from dejavu.cluster.engine import Outcome, run_controller, run_worker
+from dejavu.cluster.engine import Outcome, run_controller
 from dejavu.cluster.job import Job, prepare
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.process import refuse
+from dejavu.cluster.standby import say_farewell, stand_by
 from dejavu.config import ServeConfig
 from dejavu.device import cuda_device_name
 from dejavu.device.host_memory import available_bytes
 from dejavu.engine.controller import Controller
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import CacheSize, check_host_memory, describe_capacity
-from dejavu.errors import UsageError
+from dejavu.errors import PeerLostError, UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
+from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
 from dejavu.measure.summary import Limits, Summary
@@ -35,8 +38,21 @@ def run_rank(config: ServeConfig) -> int:
 
     channel = Channel(MPI.COMM_WORLD, config.stall_timeout)
     code = serve(channel, config) if channel.rank == CONTROLLER else work(channel)
-    channel.close()
+    part(channel, code)
     return code
+
+
+def part(channel: Channel, code: int) -> None:
+    """Leave the job together with all others; where a rank has died, MPI's own end could wait for it for ever."""
+    if channel.membership.epoch == 0:
+        try:
+            return channel.close()
+        except PeerLostError as error:
+            sys.stderr.write(f"rank {channel.rank}: {error} (after the end of the run)\n")
+    channel.agree_to_leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def work(channel: Channel) -> int:
@@ -45,7 +61,7 @@ def work(channel: Channel) -> int:
     if start is not None:
         setup, os.environ[RUN_DIR] = start
         channel.send(CONTROLLER, (host_name(), device_name(channel, setup)))
-        run_worker(channel, setup)
+        stand_by(channel, setup)
     return 0
 
 
@@ -76,11 +92,12 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     directory.write_status({"state": "loading"})
     make_stream = job.tokenizer.stream if job.tokenizer else None
     completions, outcome = run_controller(
-        channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream, announce=print
+        channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream, announce
     )
     summary = write_results(directory, job, completions, outcome)
     show(completions if config.workload else [], summary, directory)  # what follows random prompts says nothing
     directory.write_result("ok", 0)
+    say_farewell(channel)
     return 0
 
 
@@ -103,6 +120,12 @@ def show_capacity(setup: EngineSetup) -> None:
     ]
     for line in dict.fromkeys(lines):
         Console().print(line, soft_wrap=True, highlight=False)
+
+
+def announce(line: str) -> None:
+    """Write a line to the log at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def open_run_directory(config: ServeConfig) -> RunDirectory:
@@ -190,6 +213,8 @@ def write_results(directory: RunDirectory, job: Job, completions: list[Completio
         limits=Limits.of_ms(setup.config.ttft, setup.config.tpot),
     )
     write_csv(directory.path / "ranks.csv", rank_records(setup.topology, outcome), RankRecord)
+    if outcome.failures:
+        write_csv(directory.path / "failures.csv", outcome.failures, FailureRecord)
     directory.write_status({**(directory.read_status() or {}), "state": "done"})
     return summary
 

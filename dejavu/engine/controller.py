@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from dejavu.engine.messages import Moved, Ready, Replicated, Report, Sampled, SampledToken, Stop
+from dejavu.engine.recovery import Company, FailureBook, Outage
 from dejavu.engine.seating import Seating
 from dejavu.engine.text import StreamFactory, TextWatch
+from dejavu.errors import PeerLostError
 from dejavu.measure.clock import RunClock
 from dejavu.request import Completion, FinishReason, Request, TokenLogprobs, finish_reason
 from dejavu.transport.mpi import Channel
@@ -73,6 +75,10 @@ class Controller:
         """
         self.channel = channel
         self.seating = seating
+        self.company: Company | None = None  # without one, the loss of a rank is an error
+        self.failures = FailureBook()
+        self.announce: Callable[[str], None] = lambda line: None
+        self.news: list[tuple[TokenEvent, Completion]] = []  # taken, and not given out yet
         self.eos_token_ids = eos_token_ids
         self.clock = RunClock.start()
         self.make_stream = make_stream
@@ -122,8 +128,9 @@ class Controller:
         `tick` is called again and again meanwhile, for what has to be done by the clock.
         """
         patience = self.channel.patience("the next token", self.stall_timeout_s)
-        while not self.is_idle:
-            events = self.poll()
+        while not self.is_idle or self.news:
+            self.enduring(self.poll)
+            events, self.news = self.news, []
             yield from events
             tick()
             if events or not self.running:
@@ -131,16 +138,21 @@ class Controller:
             if not events:
                 patience.pause(at_most_s=self.until_next_arrival_s())
 
-    def poll(self) -> list[tuple[TokenEvent, Completion]]:
-        """Do all that can be done now, without waiting; give the tokens that have come."""
+    def poll(self) -> None:
+        """Do all that can be done now, without waiting; what has come is in `news`."""
         cancelled_ids = self.cancelled_ids()
         self.take_inbox()  # only now: whoever cancels a request has submitted it before
-        events = self.take_cancels(cancelled_ids)
+        self.take_cancels(cancelled_ids)
+        self.listen()
+        self.seat()
+
+    def listen(self) -> None:
+        """Take all messages that have come."""
         while item := self.channel.poll():
             rank, message = item
             match message:
                 case Sampled():
-                    events += self.take_tokens(message)
+                    self.take_tokens(rank, message)
                 case Moved(serial):
                     self.take_moved(rank, serial)
                 case Replicated():
@@ -151,8 +163,45 @@ class Controller:
                     self.ready[rank] = message
                 case other:
                     raise AssertionError(f"unexpected message {other!r}")
-        self.seat()
-        return events
+
+    def enduring(self, action: Callable[[], None]) -> None:
+        """Do something to its end, from the start again after each loss of a rank that can be made good."""
+        while True:
+            try:
+                return action()
+            except PeerLostError as error:
+                self.recover(error)
+
+    def recover(self, error: PeerLostError) -> None:
+        """Let all go on that was under way when a rank was lost; a further loss meanwhile begins this anew."""
+        while True:
+            if self.company is None:
+                raise error
+            detected_s = self.clock.now_s()
+            deaths = self.company.reform(error)
+            outage = self.failures.begin(deaths, detected_s, self.clock.now_s(), set(self.running))
+            try:
+                self.resume(outage)
+            except PeerLostError as again:
+                error = again
+            else:
+                return
+
+    def resume(self, outage: Outage) -> None:
+        """Gather everybody, and tell them where to go on."""
+        assert self.company
+        self.ready.clear()
+        self.reports.clear()
+        gathered = self.company.gather()
+        outputs = {serial: running.completion.token_ids for serial, running in self.running.items()}
+        repeated = self.seating.resume(outputs, gathered.restored)
+        self.failures.resume(outage, gathered, repeated, self.clock.now_s())
+        self.say(self.failures.close_finished(self.clock.now_s()))
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Tell the user of failures that are over."""
+        for line in lines:
+            self.announce(line)
 
     def take_moved(self, rank: int, serial: int) -> None:
         """Take note that a rank has done its part of a hand-over, and when the last piece was there."""
@@ -182,18 +231,23 @@ class Controller:
             self.next_serial += 1
         self.seating.tell()
 
-    def take_tokens(self, result: Sampled) -> list[tuple[TokenEvent, Completion]]:
+    def take_tokens(self, rank: int, result: Sampled) -> None:
         """Take the tokens of one pass; those of requests that have ended meanwhile are dropped."""
+        lane = next(lane for lane in self.seating.lanes if rank in lane.ranks)
+        lane.steps[result.microbatch] = result.step + 1
         for token in result.tokens:
             if token.index == 0:
                 self.seating.first_token(token.serial, token.token_id)
-        live = [token for token in result.tokens if token.serial in self.running]
-        return [self.take_token(self.running[token.serial], token, result) for token in live]
+            running = self.running.get(token.serial)
+            if running is None:
+                continue
+            self.say(self.failures.token(token.serial, result.time_s))
+            if token.index == len(running.completion.token_ids):  # else it came before a failure already
+                self.take_token(running, token, result)
 
-    def take_token(self, running: Running, token: SampledToken, result: Sampled) -> tuple[TokenEvent, Completion]:
+    def take_token(self, running: Running, token: SampledToken, result: Sampled) -> None:
         """Take one token, and end the request if it was its last."""
         completion, time_s = running.completion, result.time_s
-        assert token.index == len(completion.token_ids)
         if token.index == 0:
             completion.first_token_s = time_s
         elif token.index == 1:
@@ -210,9 +264,8 @@ class Controller:
             reason = FinishReason.STOP if stopped else reason
         if reason:
             text += self.end(running, reason, time_s)
-        return TokenEvent(
-            completion.request.request_id, token.token_id, text, token.logprobs, reason, time_s
-        ), completion
+        event = TokenEvent(completion.request.request_id, token.token_id, text, token.logprobs, reason, time_s)
+        self.news.append((event, completion))
 
     def end(self, running: Running, reason: FinishReason, time_s: float) -> str:
         """End a request that is being served, and free what it holds; give the rest of its text."""
@@ -235,16 +288,17 @@ class Controller:
             ids.add(self.inbox.cancels.get())
         return ids
 
-    def take_cancels(self, ids: set[str]) -> list[tuple[TokenEvent, Completion]]:
+    def take_cancels(self, ids: set[str]) -> None:
         """End some requests, wherever they are."""
         if not ids:
-            return []
+            return
         now_s = self.clock.now_s()
-        seated = [r for r in self.running.values() if r.completion.request.request_id in ids]
-        texts = [(r.completion, self.end(r, FinishReason.CANCELLED, now_s)) for r in seated]
-        return [cancelled(completion, text, now_s) for completion, text in texts + self.drop_unseated(ids, now_s)]
+        for running in [r for r in self.running.values() if r.completion.request.request_id in ids]:
+            text = self.end(running, FinishReason.CANCELLED, now_s)
+            self.news.append(cancelled(running.completion, text, now_s))
+        self.news += [cancelled(completion, "", now_s) for completion in self.drop_unseated(ids, now_s)]
 
-    def drop_unseated(self, ids: set[str], now_s: float) -> list[tuple[Completion, str]]:
+    def drop_unseated(self, ids: set[str], now_s: float) -> list[Completion]:
         """Forget requests that have no row yet."""
         dropped = [c for c in self.waiting if c.request.request_id in ids]
         self.waiting = deque(c for c in self.waiting if c.request.request_id not in ids)
@@ -254,7 +308,7 @@ class Controller:
         for completion in dropped:
             completion.finish_reason, completion.finish_s = FinishReason.CANCELLED, now_s
         self.counts.done += len(dropped)
-        return [(completion, "") for completion in dropped]
+        return dropped
 
     def wait_ready(self, workers: Sequence[int], deadline_s: float) -> dict[int, Ready]:
         """Wait until every worker has loaded its weights."""
@@ -270,19 +324,23 @@ class Controller:
 
     def stop(self, workers: Sequence[int]) -> dict[int, Report]:
         """End the run when nothing is held for any request any more, and collect what each worker recorded."""
+        self.enduring(lambda: self.end_run(workers))
+        return self.reports
+
+    def end_run(self, workers: Sequence[int]) -> None:
+        """Tell the workers that no more work will come, and take their reports."""
         self.wait_clean()
         for lane in self.seating.lanes:
             self.channel.send(lane.ranks[0], Stop())
         self.wait_for(self.reports, workers, "the workers' reports", self.stall_timeout_s)
-        return self.reports
 
     def wait_for(
         self, answers: dict[int, Ready] | dict[int, Report], workers: Sequence[int], what: str, deadline_s: float
     ) -> None:
-        """Poll until every worker has answered."""
+        """Listen until every worker has answered."""
         patience = self.channel.patience(what, deadline_s)
         while any(rank not in answers for rank in workers):
-            self.poll()
+            self.listen()
             patience.pause()
 
 

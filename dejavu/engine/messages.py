@@ -17,12 +17,8 @@ class Admission:
     blocks: tuple[int, ...]
     request: Request
     handover: tuple[int, ...] = ()  # the token pipeline's blocks, to which a prompt pipeline streams the prompt's KV
-    first_token: int | None = None  # sampled by the prompt pipeline: the blocks hold the prompt's KV already
-
-    @property
-    def num_cached(self) -> int:
-        """Count the tokens whose KV is in the blocks already."""
-        return 0 if self.first_token is None else len(self.request.prompt_token_ids)
+    outputs: tuple[int, ...] = ()  # tokens that the request has already, from another pipeline or before a failure
+    num_cached: int = 0  # of its prompt and outputs, the first so many have their KV in the blocks already
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +51,14 @@ class Admissions:
     """Controller → first stage: requests that were seated together, so that their prompts can share a pass."""
 
     admissions: tuple[Admission, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Controller → first stage, after a failure: go on with these requests; all passes that were under way are void."""
+
+    admissions: tuple[Admission, ...]
+    steps: tuple[int, ...]  # by microbatch: the number of its next pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +139,16 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Worker → controller: weights are loaded and the pool is there."""
+    """Worker → controller, at the start and after each failure: weights are loaded and the pool is there."""
 
     load_s: float
     notes: tuple[str, ...] = ()  # how its GPU is joined to others
+    keeps_kv: bool = False  # what the pool held before the failure, it holds still
+
+
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """Controller → everybody, at the very end: the results are written, and nobody is needed any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,8 +55,8 @@ class Residency:
         if admission.row in rows and rows[admission.row].serial == admission.serial:
             return
         assert len(admission.blocks) <= self.blocks_per_row, (admission, self.blocks_per_row)
-        arrived = 0 if admission.first_token is None else len(admission.request.prompt_token_ids)
-        rows[admission.row] = SwappedRow(admission.serial, admission.blocks, kv_tokens(admission.request), arrived)
+        needed, arrived = kv_tokens(admission.request), admission.num_cached
+        rows[admission.row] = SwappedRow(admission.serial, admission.blocks, needed, arrived)
 
     def find(self, microbatch: int, row: int) -> list[int]:
         """Give a row's blocks on the device, where its microbatch is."""

@@ -1,7 +1,8 @@
 """Who sits in which row, with which KV blocks: the controller's books, and pure."""
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dejavu.engine.messages import Admission
 from dejavu.request import Request
@@ -92,16 +93,23 @@ class RowTable:
         needed = self.blocks_needed(request)
         return self.blocks.take(needed, 0) if needed <= len(self.blocks.free) else None
 
-    def seat(self, serial: int, request: Request, blocks: tuple[int, ...], first_token: int) -> Admission | None:
-        """Give a row to a request whose blocks hold its prompt already, or None while every row is taken."""
+    def seat(
+        self, serial: int, request: Request, blocks: tuple[int, ...], outputs: tuple[int, ...], num_cached: int
+    ) -> Admission | None:
+        """Give a row to a request that has outputs, whose blocks hold `num_cached` tokens; None while all are taken."""
         if self.is_full:
             return None
-        return self.sit(Admission(serial, *self.choose_row(), blocks, request, first_token=first_token))
+        return self.sit(Admission(serial, *self.choose_row(), blocks, request, outputs=outputs, num_cached=num_cached))
 
     def sit(self, admission: Admission) -> Admission:
         """Note who has a row."""
         self.occupants[admission.microbatch, admission.row] = admission
         return admission
+
+    def renew(self, admission: Admission, **changes: Any) -> Admission:
+        """Change what is told of a request that keeps its row and its blocks."""
+        assert self.occupants[admission.microbatch, admission.row] is admission
+        return self.sit(replace(admission, **changes))
 
     def choose_row(self) -> tuple[int, int]:
         """Give the lowest free row of the microbatch with the fewest requests."""

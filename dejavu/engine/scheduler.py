@@ -3,31 +3,46 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dejavu.engine.messages import Admission, RowWork, Sampled, Work
+from dejavu.engine.messages import Admission, Resume, RowWork, Sampled, Work
 from dejavu.request import finish_reason
 
 
 @dataclass(slots=True)
 class RowProgress:
-    """Follow one request through its row. Tokens [0, context) are in the cache, or in a pass under way."""
+    """Follow one request through its row. Tokens [0, context) are in the cache, or in a pass under way.
+
+    A request that begins with outputs has `known` tokens to take before it is sampled again: where another pipeline
+    has processed its prompt or a failure has interrupted it, only the last one; where its KV was lost, all of them.
+    """
 
     admission: Admission
-    context: int = 0
-    num_output: int = 0
+    context: int
+    num_output: int
     next_token: int | None = None  # sampled, not yet passed through the pipeline
     is_new: bool = True  # no pass has told the other stages of it
 
     @classmethod
     def begin(cls, admission: Admission) -> "RowProgress":
-        """Begin at the prompt, or behind it where another pipeline has processed it."""
-        if admission.first_token is None:
-            return cls(admission)
-        return cls(admission, len(admission.request.prompt_token_ids), 1, admission.first_token)
+        """Begin behind what the cache holds: at the prompt, or behind it."""
+        return cls(admission, admission.num_cached, len(admission.outputs))
 
     @property
     def prompt_left(self) -> int:
-        """Give the number of prompt tokens still to process."""
-        return max(0, len(self.admission.request.prompt_token_ids) - self.context)
+        """Give the number of known tokens still to process: of the prompt, and what is repeated behind it."""
+        known = len(self.admission.request.prompt_token_ids) + len(self.admission.outputs)
+        return max(0, known - self.context)
+
+    @property
+    def takes_one(self) -> bool:
+        """Tell whether the next pass is a token step: one token behind the prompt."""
+        behind = self.context >= len(self.admission.request.prompt_token_ids)
+        return behind and (self.prompt_left == 1 or self.next_token is not None)
+
+    def known(self, start: int, count: int) -> tuple[int, ...]:
+        """Give the known tokens [start, start + count)."""
+        prompt = self.admission.request.prompt_token_ids
+        behind = start - len(prompt)
+        return (prompt[start:] + self.admission.outputs[max(0, behind) :])[:count]
 
 
 @dataclass(slots=True)
@@ -75,8 +90,15 @@ class Scheduler:
             self.release(previous.admission.serial)
         microbatch.rows[admission.row] = RowProgress.begin(admission)
         self.places[admission.serial] = microbatch, admission.row
-        if self.tells_seats and admission.first_token is not None:
+        if self.tells_seats and admission.num_cached:
             self.seated.append(admission)
+
+    def resume(self, resume: Resume) -> None:
+        """Go on after a failure: with these requests, at these steps."""
+        for microbatch, step in zip(self.microbatches, resume.steps, strict=True):
+            microbatch.step = step
+        for admission in resume.admissions:
+            self.admit(admission)
 
     def release(self, serial: int) -> None:
         """Drop a request, if it is still there: no further step is started for it."""
@@ -110,9 +132,10 @@ class Scheduler:
 
     def choose_rows(self, microbatch: Microbatch) -> Iterator[tuple[RowProgress, int]]:
         """Give the rows of the next pass, each with its number of new tokens."""
-        prompts = sorted((p for p in microbatch.rows.values() if p.prompt_left), key=lambda p: p.admission.serial)
+        waiting = (p for p in microbatch.rows.values() if p.prompt_left and not p.takes_one)
+        prompts = sorted(waiting, key=lambda p: p.admission.serial)
         if self.prompt_chunk or not prompts:
-            yield from ((p, 1) for p in microbatch.rows.values() if p.next_token is not None)
+            yield from ((p, 1) for p in microbatch.rows.values() if p.takes_one)
         budget = self.prompt_chunk or self.max_prompt_tokens
         for index, progress in enumerate(prompts):
             num_new = min(progress.prompt_left, budget) if self.prompt_chunk else progress.prompt_left
@@ -140,9 +163,9 @@ class Scheduler:
 
 
 def take_tokens(progress: RowProgress, num_new: int) -> tuple[int, ...]:
-    """Give the next tokens of a row to pass through the pipeline: prompt tokens, or the one sampled last."""
+    """Give the next tokens of a row to pass through the pipeline: known ones, or the one sampled last."""
     if progress.prompt_left:
-        return progress.admission.request.prompt_token_ids[progress.context : progress.context + num_new]
+        return progress.known(progress.context, num_new)
     assert progress.next_token is not None
     token = progress.next_token
     progress.next_token = None
@@ -152,7 +175,7 @@ def take_tokens(progress: RowProgress, num_new: int) -> tuple[int, ...]:
 def advance(progress: RowProgress, num_new: int) -> RowWork:
     """Describe a row's part of a pass, and count its tokens as cached."""
     admission = progress.admission
-    is_prompt = progress.prompt_left > 0
+    is_prompt = progress.context < len(admission.request.prompt_token_ids) or num_new > 1
     samples = progress.prompt_left <= num_new
     prompt_len = len(admission.request.prompt_token_ids)
     work = RowWork(admission.serial, admission.row, num_new, progress.context, is_prompt, samples, prompt_len)

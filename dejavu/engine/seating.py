@@ -5,11 +5,11 @@ pipeline that hands each request over to a token pipeline. `send(rank, message)`
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from dejavu.engine.messages import Admission, Admissions, Expect, Release
+from dejavu.engine.messages import Admission, Admissions, Expect, Release, Resume
 from dejavu.engine.rows import RowTable
 from dejavu.errors import CapacityError
 from dejavu.request import Request
@@ -24,12 +24,21 @@ class Lane:
     ranks: Sequence[int]  # the first one leads the first stage
     table: RowTable
     untold: list[Admission] = field(default_factory=list)
+    steps: list[int] = field(init=False)  # by microbatch: the pass that comes after the last one that is known
+
+    def __post_init__(self) -> None:
+        self.steps = [0] * self.table.num_microbatches
 
     def tell(self, send: Send) -> None:
         """Tell the head of all new admissions at once, so that their prompts can share a pass."""
         if self.untold:
             send(self.ranks[0], Admissions(tuple(self.untold)))
             self.untold = []
+
+    def resume(self, send: Send) -> None:
+        """Tell the head of all requests after a failure."""
+        send(self.ranks[0], Resume(tuple(self.untold), tuple(self.steps)))
+        self.untold = []
 
     def check(self, request: Request) -> None:
         """Raise CapacityError if the pipeline's pool could never hold a request."""
@@ -44,6 +53,42 @@ class Lane:
                 f"request {request.request_id!r} needs {needed} KV blocks of {self.table.block_size} tokens "
                 f"and the pool has {self.table.num_blocks}: raise --kv-memory, or shorten it"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Say what a failure has left of one pipeline's KV: all of it, or of each request the first so many tokens."""
+
+    intact: bool
+    tokens: Mapping[int, int] = field(default_factory=dict)  # by serial, where not all is intact
+
+    def num_cached(self, admission: Admission, outputs: Sequence[int]) -> int:
+        """Give the tokens with which a request can go on: at most all but the last, which is to be passed again."""
+        if len(outputs) > len(admission.outputs):  # all before the last one has gone through every stage
+            there = len(admission.request.prompt_token_ids) + len(outputs) - 1
+        else:  # what the request was to begin with was under way, or is still: its prompt, or the last recovery
+            there = admission.num_cached
+        return self.limit(admission.serial, there)
+
+    def limit(self, serial: int, there: int) -> int:
+        """Give how many of the `there` tokens of a request are left."""
+        return there if self.intact else min(there, self.tokens.get(serial, 0))
+
+
+@dataclass(slots=True)
+class Repeated:
+    """Count what has to be computed again after a failure."""
+
+    prompts: int = 0
+    tokens: int = 0
+
+    def count(self, admission: Admission) -> None:
+        """Count one request that goes on."""
+        if not admission.outputs:
+            return
+        prompt = len(admission.request.prompt_token_ids)
+        self.prompts += admission.num_cached < prompt
+        self.tokens += prompt + len(admission.outputs) - 1 - max(admission.num_cached, prompt)
 
 
 class Seating(Protocol):
@@ -67,6 +112,12 @@ class Seating(Protocol):
 
     def tell(self) -> None:
         """Send what was decided since the last call."""
+
+    def resume(self, outputs: Mapping[int, Sequence[int]], restored: Sequence[Restored]) -> Repeated:
+        """Tell everybody again of all requests, after a failure; all that was under way is void.
+
+        `outputs` are the tokens of each live request by its serial, `restored` what is left of each pipeline's KV.
+        """
 
     @property
     def is_clean(self) -> bool:
@@ -109,6 +160,21 @@ class Colocated:
         for lane in self.lanes:
             lane.tell(self.send)
 
+    def resume(self, outputs: Mapping[int, Sequence[int]], restored: Sequence[Restored]) -> Repeated:
+        """Let every request go on in its row."""
+        repeated = Repeated()
+        for lane in self.lanes:
+            lane.untold = []
+        for serial, (lane, admission) in self.seats.items():
+            num_cached = restored[self.lanes.index(lane)].num_cached(admission, outputs[serial])
+            renewed = lane.table.renew(admission, outputs=tuple(outputs[serial]), num_cached=num_cached)
+            repeated.count(renewed)
+            lane.untold.append(renewed)
+            self.seats[serial] = lane, renewed
+        for lane in self.lanes:
+            lane.resume(self.send)
+        return repeated
+
     @property
     def is_clean(self) -> bool:
         """Tell whether no request is seated."""
@@ -129,8 +195,14 @@ class Handover:
     sending: set[int]  # prompt ranks that have not sent all yet
     receiving: set[int]  # token ranks that do not have all yet
     first_token: int | None = None
+    num_cached: int = 0  # of the tokens in those blocks
     seat: Admission | None = None  # in the token pipeline
     ended: bool = False
+
+    @property
+    def has_moved(self) -> bool:
+        """Tell whether the token pipeline has all that it needs."""
+        return self.first_token is not None and not self.receiving
 
 
 class Disaggregated:
@@ -160,12 +232,19 @@ class Disaggregated:
         if admission is None:
             self.token.table.blocks.give(blocks)
             return False
-        sending, receiving = (set(self.prompt.ranks), set(self.token.ranks)) if moves else (set(), set())
-        self.handovers[serial] = Handover(request, admission, blocks, sending, receiving)
-        self.prompt.untold.append(admission)
-        if moves:
-            self.expected.append(Expect(serial, len(request.prompt_token_ids), blocks))
+        self.handovers[serial] = Handover(request, admission, blocks, set(), set())
+        self.begin(serial)
         return True
+
+    def begin(self, serial: int) -> None:
+        """Let a prompt be processed, and sent on if more than its first token is wanted."""
+        handover = self.handovers[serial]
+        assert handover.prompt
+        self.prompt.untold.append(handover.prompt)
+        handover.first_token = None
+        if handover.blocks:
+            handover.sending, handover.receiving = set(self.prompt.ranks), set(self.token.ranks)
+            self.expected.append(Expect(serial, len(handover.request.prompt_token_ids), handover.blocks))
 
     def first_token(self, serial: int, token_id: int) -> None:
         """Note the token with which the token pipeline will go on."""
@@ -202,6 +281,7 @@ class Disaggregated:
         if handover.prompt or handover.receiving:
             return
         if not handover.ended:
+            handover.num_cached = len(handover.request.prompt_token_ids)
             self.ready.append(serial)
         elif serial not in self.ready:
             self.token.table.blocks.give(handover.blocks)
@@ -210,12 +290,70 @@ class Disaggregated:
     def tell(self) -> None:
         """Give token rows to who waits for one, and send all decisions; receives are announced before prompts."""
         self.fill_rows()
+        self.tell_expected()
+        for lane in self.lanes:
+            lane.tell(self.send)
+
+    def tell_expected(self) -> None:
+        """Announce the prompts that have begun to those who will have their KV."""
         for expect in self.expected:
             for rank in self.token.ranks:
                 self.send(rank, expect)
         self.expected = []
+
+    def resume(self, outputs: Mapping[int, Sequence[int]], restored: Sequence[Restored]) -> Repeated:
+        """Let requests in token rows go on there; hand-overs that were not complete begin again with the prompt."""
+        repeated = Repeated()
+        self.expected = []
         for lane in self.lanes:
-            lane.tell(self.send)
+            lane.untold = []
+        for serial in list(self.handovers):
+            if self.handovers[serial].ended:
+                self.drop(serial)
+            else:
+                self.resume_one(serial, outputs[serial], restored[1], repeated)
+        self.fill_rows()
+        self.tell_expected()
+        for lane in self.lanes:
+            lane.resume(self.send)
+        return repeated
+
+    def resume_one(self, serial: int, outputs: Sequence[int], restored: Restored, repeated: Repeated) -> None:
+        """Find out where a request stands, and what it needs again."""
+        handover = self.handovers[serial]
+        if handover.seat:
+            num_cached = restored.num_cached(handover.seat, outputs)
+            handover.seat = self.token.table.renew(handover.seat, outputs=tuple(outputs), num_cached=num_cached)
+            repeated.count(handover.seat)
+            self.token.untold.append(handover.seat)
+        elif handover.prompt and not handover.has_moved:
+            repeated.prompts += bool(outputs)
+            self.begin(serial)
+        else:
+            self.keep_moved(serial, outputs, restored, repeated)
+
+    def keep_moved(self, serial: int, outputs: Sequence[int], restored: Restored, repeated: Repeated) -> None:
+        """Let a request wait for a token row; what has not come of its KV is computed there."""
+        handover = self.handovers[serial]
+        prompt = len(handover.request.prompt_token_ids)
+        there = handover.num_cached if serial in self.ready else prompt
+        handover.num_cached = restored.limit(serial, there) if handover.has_moved else 0
+        repeated.prompts += handover.num_cached < prompt
+        handover.receiving.clear()
+        handover.sending.clear()
+        if handover.prompt:
+            self.prompt.table.release(handover.prompt)
+            handover.prompt = None
+        if serial not in self.ready:
+            self.ready.append(serial)
+
+    def drop(self, serial: int) -> None:
+        """Free all that a request holds which has ended before it had a token row; nothing moves any more."""
+        handover = self.handovers.pop(serial)
+        if handover.prompt:
+            self.prompt.table.release(handover.prompt)
+        self.token.table.blocks.give(handover.blocks)
+        self.ready = deque(other for other in self.ready if other != serial)
 
     def fill_rows(self) -> None:
         """Seat waiting requests in free token rows; drop those that were cancelled while they waited."""
@@ -224,7 +362,8 @@ class Disaggregated:
             handover = self.handovers[serial]
             if not handover.ended:
                 assert handover.first_token is not None
-                seat = self.token.table.seat(serial, handover.request, handover.blocks, handover.first_token)
+                outputs = (handover.first_token,)
+                seat = self.token.table.seat(serial, handover.request, handover.blocks, outputs, handover.num_cached)
                 if seat is None:
                     return
                 handover.seat = seat

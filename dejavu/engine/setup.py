@@ -28,6 +28,11 @@ class EngineSetup:
         return self.device == "cuda"
 
     @property
+    def is_recoverable(self) -> bool:
+        """Tell whether serving can go on when a rank dies."""
+        return self.config.spares > 0
+
+    @property
     def moves_kv(self) -> bool:
         """Tell whether KV moves between pipelines; synthetic stages have none."""
         return self.config.is_disaggregated and not self.config.synthetic

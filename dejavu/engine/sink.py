@@ -147,6 +147,6 @@ class Sampling:
     def admit(self, admission: Admission) -> None:
         """Begin a row's history."""
         request = admission.request
-        output = [] if admission.first_token is None else [admission.first_token]
-        state = RowState(request.sampling, self.spec.eos_token_ids, list(request.prompt_token_ids), output)
+        prompt, output = list(request.prompt_token_ids), list(admission.outputs)
+        state = RowState(request.sampling, self.spec.eos_token_ids, prompt, output)
         self.rows[admission.microbatch, admission.row] = state

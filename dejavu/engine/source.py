@@ -6,7 +6,7 @@ from typing import Protocol
 
 from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover
-from dejavu.engine.messages import Admissions, Release, Sampled, Stop, Work
+from dejavu.engine.messages import Admissions, Release, Resume, Sampled, Stop, Work
 from dejavu.engine.scheduler import Scheduler
 from dejavu.transport.mpi import Channel
 
@@ -74,6 +74,8 @@ class Scheduled:
                 case Admissions(admissions):
                     for admission in admissions:
                         self.scheduler.admit(admission)
+                case Resume() as resume:
+                    self.scheduler.resume(resume)
                 case Release(serial):
                     self.scheduler.release(serial)
                 case Sampled() as result:

@@ -14,32 +14,32 @@ from mpi4py import MPI
 from torch import Tensor
 
 from dejavu.errors import DeadlineError, PeerLostError
+from dejavu.transport.membership import Membership, reassign
 from dejavu.transport.waiting import Doorbell, Patience, new_job_name
 
 CONTROL, TENSOR = 1, 2
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 OPEN: set["Channel"] = set()  # all channels of this process
+ABANDONED: list[object] = []  # requests of failed communicators, and the memory that MPI may still use
 
 
-def naming_the_lost(
+def suspecting(
     method: Callable[Concatenate["Channel", Parameters], Result],
 ) -> Callable[Concatenate["Channel", Parameters], Result]:
-    """Let a method of Channel raise PeerLostError where MPI reports that a rank has died."""
+    """Let a method of Channel raise PeerLostError on every rank where MPI reports on one that a rank has died.
+
+    Open MPI's error classes vary, so any error is a suspicion: the communicator is revoked, which ends the waits of all
+    ranks at it, and they find out together who is left.
+    """
 
     @wraps(method)
     def checked(self: "Channel", /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return method(self, *args, **kwargs)
         except MPI.Exception as error:
-            if lost := self.lost_ranks():
-                names = ", ".join(f"{rank} on {self.hosts[rank]}" for rank in lost)
-                raise PeerLostError(
-                    f"rank {names} died: look for its last words above, and in `dmesg` for a lack of memory"
-                ) from error
-            if error.Get_error_class() == MPI.ERR_REVOKED:
-                raise PeerLostError("another rank has ended the job: look for its error above") from error
-            raise
+            self.revoke()
+            raise self.describe_loss(error) from error
 
     return checked
 
@@ -50,34 +50,56 @@ class Channel:
     Objects are pickled: the ranks of one job trust each other. Messages from one rank arrive in the order in which
     they were sent, objects and tensors apart. Sends return at once; their memory is kept until they are complete.
     Every rank of `comm` has to make its channel at the same time. Waits pass `deadline_s`, or raise DeadlineError.
+
+    Ranks are those of the engine, and `membership` says which process plays each. When a rank dies, every call of every
+    rank raises PeerLostError, until all have called `recover`; what was under way is lost then.
     """
 
     def __init__(self, comm: MPI.Intracomm, deadline_s: float) -> None:
         self.comm = comm.Dup()
-        self.rank = comm.Get_rank()
-        self.size = comm.Get_size()
+        self.process = comm.Get_rank()
         self.deadline_s = deadline_s
         self.pending: deque[tuple[MPI.Request, object]] = deque()  # with the memory that MPI may still use
-        self.doorbell = Doorbell(self.comm.bcast(new_job_name()), self.rank)
-        self.hosts: list[str] = self.comm.allgather(socket.gethostname())
+        self.doorbell = Doorbell(self.comm.bcast(new_job_name()), self.process)
+        self.process_hosts: list[str] = self.comm.allgather(socket.gethostname())
+        self.is_recoverable = False
         OPEN.add(self)
-        self.near = {rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]} - {self.rank}
+        self.join(Membership.first(comm.Get_size()))
+
+    def join(self, membership: Membership) -> None:
+        """Take the ranks as they are played from now on."""
+        self.membership = membership
+        self.rank = membership.rank_of(self.process)
+        self.size = len(membership.places)
+        here = self.process_hosts[self.process]
+        places = membership.places
+        self.near = {r for r in membership.present if self.process_hosts[places[r] or 0] == here} - {self.rank}
+
+    @property
+    def hosts(self) -> list[str]:
+        """Give the host of the process that plays each rank; nothing where nobody does."""
+        return ["" if p is None else self.process_hosts[p] for p in self.membership.places]
 
     def send(self, dest: int, message: object, *, ring: bool = True) -> None:
         """Post an object to `dest`; without a `ring` it is seen when something else wakes that rank, or soon."""
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         self.post(dest, CONTROL, data, data, ring=ring)
 
+    def send_if_whole(self, dest: int, message: object) -> None:
+        """Post an object to `dest`, unless a rank was lost, which the next call of another method tells."""
+        with suppress(PeerLostError):
+            self.send(dest, message)
+
     def send_tensor(self, dest: int, tensor: Tensor) -> None:
         """Post a contiguous CPU tensor to `dest`, which has to know its size; it must not change until it is sent."""
         self.post(dest, TENSOR, as_bytes(tensor), tensor)
 
-    @naming_the_lost
+    @suspecting
     def post(self, dest: int, tag: int, data: Any, memory: object, *, ring: bool = True) -> None:
         """Send bytes, wake the receiver, and hold `memory` until the send is complete."""
-        request = self.comm.Isend([data, MPI.BYTE], dest, tag)
+        request = self.comm.Isend([data, MPI.BYTE], self.membership.route(dest), tag)
         if ring and dest in self.near:
-            self.doorbell.ring(dest)
+            self.ring(dest)
         self.reap()
         if not request.Test():
             self.pending.append((request, memory))
@@ -87,19 +109,20 @@ class Channel:
         while self.pending and self.pending[0][0].Test():
             self.pending.popleft()
 
-    @naming_the_lost
+    @suspecting
     def poll(self, source: int = MPI.ANY_SOURCE) -> tuple[int, Any] | None:
         """Give (rank, object) if one has come, else None."""
         self.reap()
         status = MPI.Status()
+        place = source if source == MPI.ANY_SOURCE else self.membership.route(source)
         # Open MPI looks at what has been taken in, and only then takes in what has come: one that has just come needs a
         # second look, which whoever was woken for it would otherwise have only after a further sleep.
-        message = self.comm.Improbe(source, CONTROL, status) or self.comm.Improbe(source, CONTROL, status)
+        message = self.comm.Improbe(place, CONTROL, status) or self.comm.Improbe(place, CONTROL, status)
         if message is None:
             return None
         data = bytearray(status.Get_count(MPI.BYTE))
         message.Recv([data, MPI.BYTE])
-        return status.Get_source(), pickle.loads(data)  # noqa: S301
+        return self.membership.origin(status.Get_source()), pickle.loads(data)  # noqa: S301
 
     def receive(self, source: int = MPI.ANY_SOURCE, deadline_s: float | None = None) -> tuple[int, Any]:
         """Wait for an object and give (rank, object); without a deadline for as long as it takes."""
@@ -108,15 +131,18 @@ class Channel:
             patience.pause()
         return item
 
-    @naming_the_lost
+    @suspecting
     def receive_tensor(self, source: int, out: Tensor) -> Tensor:
         """Wait for the tensor that `source` sent and put it into `out`, contiguous and of the same size."""
-        request = self.comm.Irecv([as_bytes(out), MPI.BYTE], source, TENSOR)
+        request = self.comm.Irecv([as_bytes(out), MPI.BYTE], self.membership.route(source), TENSOR)
         try:
             self.wait(request.Test, f"a tensor of rank {source}")
         except DeadlineError:
             request.Cancel()  # a late message must not be written into memory that is somebody else's by then
             self.pending.append((request, out))
+            raise
+        except PeerLostError:
+            ABANDONED.append((request, out))
             raise
         return out
 
@@ -136,19 +162,90 @@ class Channel:
             total += mine if rank == self.rank else self.receive_tensor(rank, part)
         tensor.copy_(total)
 
-    def lost_ranks(self) -> list[int]:
-        """Give the ranks that MPI knows to have died; none where it does not watch them (no ULFM)."""
+    def lost_processes(self) -> list[int]:
+        """Give the processes that MPI knows to have died; none where it does not watch them (no ULFM)."""
         try:
             failed = self.comm.Get_failed()
         except (MPI.Exception, NotImplementedError):
             return []
-        return sorted(failed.Translate_ranks(list(range(failed.Get_size())), self.comm.Get_group()))
+        return sorted(self.translate(failed, self.comm.Get_group()))
+
+    def translate(self, group: MPI.Group, known: MPI.Group) -> list[int]:
+        """Give the processes of a group, in its order, whose members belong to the present communicator's group."""
+        places = group.Translate_ranks(list(range(group.Get_size())), known)
+        return [self.membership.processes[place] for place in places]
+
+    def describe_loss(self, error: MPI.Exception) -> Exception:
+        """Say who has died, if anybody is known to have; else give the error as it is."""
+        if lost := self.lost_processes():
+            names = ", ".join(f"{self.membership.rank_of(p)} on {self.process_hosts[p]}" for p in lost)
+            return PeerLostError(
+                f"rank {names} died: look for its last words above, and in `dmesg` for a lack of memory"
+            )
+        if error.Get_error_class() == MPI.ERR_REVOKED:
+            return PeerLostError("another rank has ended the job: look for its error above")
+        return PeerLostError(f"MPI lost a rank, or failed ({error.Get_error_string()}): look for errors above")
+
+    def revoke(self) -> None:
+        """Let every rank that waits at this channel fail at once."""
+        with suppress(MPI.Exception):
+            if not self.comm.Is_revoked():
+                self.comm.Revoke()
+        for rank in self.near:
+            self.ring(rank)
+
+    def ring(self, rank: int) -> None:
+        """Wake a rank of this host."""
+        process = self.membership.places[rank]
+        assert process is not None
+        self.doorbell.ring(process)
+
+    def recover(self, first_spare: int) -> tuple[int, ...]:
+        """Find out with all other survivors who is left, let spares take the places of the dead, and begin anew.
+
+        Gives the ranks that were lost. Every survivor calls this after a PeerLostError; who dies meanwhile is lost,
+        too. Afterwards no message of before arrives any more. A rank that nobody plays is vacant in `membership`.
+        Raises PeerLostError where a rank has ended the job for a reason of its own.
+        """
+        ABANDONED.extend(self.pending)
+        self.pending.clear()
+        self.revoke()
+        before = self.membership
+        comm, survivors = self.shrink()
+        self.comm = comm
+        self.join(reassign(before, survivors, first_spare, self.process_hosts))
+        return before.lost(survivors)
+
+    @suspecting
+    def split(self, color: int) -> MPI.Intracomm:
+        """Make a communicator of the ranks that give the same `color`, in their order; all ranks call this."""
+        part = self.comm.Split(color, self.rank)
+        assert isinstance(part, MPI.Intracomm)
+        return part
+
+    def shrink(self) -> tuple[MPI.Intracomm, list[int]]:
+        """Make a communicator of the survivors; give it, and the processes in its order.
+
+        It must not be revoked before all have agreed on it, so that nobody is left waiting for a communicator.
+        """
+        comm: MPI.Comm = self.comm
+        while True:
+            if MPI.COMM_WORLD.Is_revoked():
+                raise PeerLostError("another rank has ended the job: look for its error above")
+            comm = comm.Shrink()
+            assert isinstance(comm, MPI.Intracomm)
+            survivors = self.translate(comm.Get_group(), self.comm.Get_group())
+            if (verdict := agree(comm, not MPI.COMM_WORLD.Is_revoked())) is not None:
+                break
+        if not verdict:
+            raise PeerLostError("another rank has ended the job: look for its error above")
+        return comm, survivors
 
     def patience(self, what: str, deadline_s: float | None) -> Patience:
         """Begin a wait that sleeps at this rank's doorbell."""
         return Patience(what, deadline_s, self.doorbell.sleep)
 
-    @naming_the_lost
+    @suspecting
     def wait(self, ready: Callable[[], bool], what: str) -> None:
         """Return when `ready()` is true; raise DeadlineError after the channel's deadline."""
         if ready():
@@ -171,9 +268,31 @@ class Channel:
         self.flush()
         request = self.comm.Ibarrier()
         self.wait(request.Test, "the other ranks to close")
+        self.leave()
+        self.comm.Free()
+
+    def agree_to_leave(self) -> None:
+        """Wait for all ranks that are left, so that nobody takes another's leaving for a death."""
+        agree(self.comm, True)
+        self.leave()
+
+    def leave(self) -> None:
+        """Give up the doorbell, and the communicator as it is."""
         self.doorbell.close()
         OPEN.remove(self)
-        self.comm.Free()
+
+
+def agree(comm: MPI.Intracomm, opinion: bool) -> bool | None:
+    """Tell whether all ranks agree; None, on all of them, where one has died meanwhile."""
+    try:
+        return bool(comm.Agree(int(opinion)))
+    except MPI.Exception:
+        return None
+
+
+def survivors_are_sought() -> bool:
+    """Tell whether other ranks may be looking for survivors, this one among them, when it leaves."""
+    return any(channel.is_recoverable for channel in OPEN)
 
 
 def revoke_all() -> None:

@@ -27,9 +27,9 @@ def crash(how: str, rank: int, note: Path) -> None:
 
 def lose_file(rank: int, note: Path, file: Path) -> None:
     """Let the checkpoint's file vanish after the checks, before one rank reads it."""
-    import dejavu.cluster.engine as engine
+    import dejavu.cluster.participant as participant
 
-    make_stage = engine.make_stage
+    make_stage = participant.make_stage
 
     def losing(site, *others):
         if site.channel.rank == rank:
@@ -37,7 +37,7 @@ def lose_file(rank: int, note: Path, file: Path) -> None:
             note.write_text(str(time.monotonic()))
         return make_stage(site, *others)
 
-    engine.make_stage = losing
+    participant.make_stage = losing
 
 
 if __name__ == "__main__":

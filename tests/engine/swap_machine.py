@@ -116,8 +116,8 @@ class SwappingRank:
         needed = -(-(prompt + output - 1) // self.shape.block_size)
         blocks = self.blocks.take(needed, 0)
         request = Request(str(self.serial), (1,) * prompt, SamplingParams(max_tokens=output))
-        first = 7 if handed_over else None
-        admission = Admission(self.serial, microbatch, row, blocks, request, first_token=first)
+        outputs, num_cached = ((7,), prompt) if handed_over else ((), 0)
+        admission = Admission(self.serial, microbatch, row, blocks, request, outputs=outputs, num_cached=num_cached)
         tokens = torch.randn(prompt if handed_over else 0, 2, 2, 2, 3)
         self.rows[microbatch, row] = Row(admission, tokens)
         if handed_over:

@@ -6,7 +6,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.engine.messages import Sampled, SampledToken
+from dejavu.engine.messages import Resume, Sampled, SampledToken
 from dejavu.engine.rows import RowTable
 from dejavu.engine.scheduler import Scheduler
 from dejavu.request import Request, SamplingParams
@@ -37,22 +37,25 @@ class NaivePipeline:
         self.serials = {}  # (microbatch, row) -> serial
         self.under_way = deque()
         self.prompts = {}
+        self.known = {}  # serial -> tokens that are there before the first one is sampled
 
     def take(self, work):
         assert work.microbatch not in {w.microbatch for w, _ in self.under_way}, "two passes of one microbatch"
         for admission in work.admissions:
             self.serials[admission.microbatch, admission.row] = admission.serial
             self.prompts[admission.serial] = admission.request.prompt_token_ids
-            self.cached[admission.serial] = []
+            known = admission.request.prompt_token_ids + admission.outputs
+            self.known[admission.serial] = len(known)
+            self.cached[admission.serial] = list(known[: admission.num_cached])
         tokens, results = list(work.token_ids), []
         for row in work.rows:
             assert self.serials[work.microbatch, row.row] == row.serial
             cache, prompt = self.cached[row.serial], self.prompts[row.serial]
             assert row.context == len(cache)
-            assert row.is_prompt == (row.context < len(prompt))
+            assert row.is_prompt == (row.context < len(prompt) or row.num_new > 1)
             cache += [tokens.pop(0) for _ in range(row.num_new)]
             assert tuple(cache[: len(prompt)]) == prompt[: len(cache)]
-            assert row.samples == (len(cache) >= len(prompt))
+            assert row.samples == (len(cache) >= self.known[row.serial])
             if row.samples:
                 index = len(cache) - len(prompt)
                 results.append(SampledToken(row.serial, index, next_token(cache[-1], len(cache)), None))
@@ -89,7 +92,7 @@ def test_every_request_gets_its_tokens(
     pipeline, seated, outputs = NaivePipeline(), {}, {request_id: [] for request_id in wanted}
     random = Random(seed)
     for _ in range(3000):
-        action = random.choice(["seat", "work", "answer"])
+        action = random.choice(["seat", "work", "answer"] * 10 + ["fail"])
         if action == "seat" and waiting and (admission := table.admit(int(waiting[0].request_id), waiting[0])):
             waiting.popleft()
             seated[admission.serial] = admission
@@ -104,10 +107,22 @@ def test_every_request_gets_its_tokens(
             scheduler.sampled(result)
             for token in result.tokens:
                 admission = seated[token.serial]
+                assert token.index == len(outputs[admission.request.request_id])
                 output = outputs[admission.request.request_id]
                 output.append(token.token_id)
                 if output == wanted[admission.request.request_id]:
                     table.release(admission)
+        elif action == "fail":
+            pipeline.under_way.clear()
+            scheduler = Scheduler(num_microbatches, prompt_chunk, max_prompt_tokens, (EOS,))
+            for serial, admission in seated.items():
+                output = outputs[admission.request.request_id]
+                if table.occupants.get((admission.microbatch, admission.row)) is not admission:
+                    continue
+                there = random.randint(0, len(admission.request.prompt_token_ids) + len(output) - 1) if output else 0
+                seated[serial] = table.renew(admission, outputs=tuple(output), num_cached=there)
+            live = [a for a in seated.values() if table.occupants.get((a.microbatch, a.row)) is a]
+            scheduler.resume(Resume(tuple(live), tuple(random.randrange(9) for _ in range(num_microbatches))))
         if not waiting and outputs == wanted and not pipeline.under_way:
             break
     assert outputs == wanted

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.engine.messages import Admissions, Expect, Release
+from dejavu.engine.messages import Admissions, Expect, Release, Resume
 from dejavu.engine.rows import RowTable
-from dejavu.engine.seating import Colocated, Disaggregated, Lane
+from dejavu.engine.seating import Colocated, Disaggregated, Lane, Restored
 from dejavu.errors import CapacityError
 from dejavu.request import Request, SamplingParams
 
@@ -45,13 +45,28 @@ class Ranks:
                 assert rank == TOKEN_RANKS[0]
                 for admission in admissions:
                     assert not any(serial == admission.serial for _, serial in self.moves), "not all KV is there"
-                    assert admission.blocks == self.expected[admission.serial]
-                    assert admission.first_token is not None
-                    self.generating[admission.serial] = admission
-                    self.order.append(admission.serial)
+                    if admission.serial in self.expected:
+                        assert admission.blocks == self.expected[admission.serial]
+                    self.generate(admission)
+            case Resume(admissions, _) if rank == PROMPT_RANKS[0]:
+                self.send(rank, Admissions(admissions))
+            case Resume(admissions, _):
+                for admission in admissions:
+                    self.generate(admission)
             case Release(serial):
                 assert serial in self.generating or rank == TOKEN_RANKS[0]
                 self.generating.pop(serial, None)
+
+    def generate(self, admission):
+        prompt = len(admission.request.prompt_token_ids)
+        assert admission.outputs
+        assert admission.num_cached <= prompt + len(admission.outputs) - 1
+        self.generating[admission.serial] = admission
+        self.order.append(admission.serial)
+
+    def fail(self):
+        """Forget all that was under way."""
+        self.moves, self.prompting, self.generating, self.expected = [], [], {}, {}
 
 
 def owned(seating):
@@ -77,16 +92,18 @@ def test_disaggregated_books_balance_in_any_order(shapes, rows, token_blocks, se
     prompt = Lane(PROMPT_RANKS, RowTable(2, rows[0], 4, 2 * rows[0] * 3, prompts_only=True))
     seating = Disaggregated(prompt, Lane(TOKEN_RANKS, RowTable(3, rows[1], 4, token_blocks)), ranks.send)
     waiting = [make_request(serial, *shape) for serial, shape in enumerate(shapes)]
-    serial, running = 0, set()
+    serial, running, outputs = 0, set(), {}
     for _ in range(3000):
-        action = random.choice(["seat", "first", "move", "end", "cancel", "tell"])
+        action = random.choice(["seat", "first", "move", "end", "cancel", "tell", "step", "fail"])
         if action == "seat" and waiting and seating.seat(serial, waiting[0]):
             waiting.pop(0)
             running.add(serial)
+            outputs[serial] = []
             serial += 1
         elif action == "first" and ranks.prompting:
             first = ranks.prompting.pop(random.randrange(len(ranks.prompting)))
             seating.first_token(first, 7)
+            outputs[first] = outputs[first] or [7]
             if shapes[first][1] == 1 and first in running:
                 running.discard(first)
                 seating.end(first)
@@ -102,12 +119,45 @@ def test_disaggregated_books_balance_in_any_order(shapes, rows, token_blocks, se
             seating.end(ended)
         elif action == "tell":
             seating.tell()
+        elif action == "step" and ranks.generating:
+            stepping = random.choice(sorted(ranks.generating))
+            if stepping in running and len(outputs[stepping]) < shapes[stepping][1] - 1:
+                outputs[stepping].append(7)
+        elif action == "fail" and random.random() < 0.1:
+            ranks.fail()
+            intact = random.random() < 0.5
+            seating.resume({s: outputs[s] for s in running}, [Restored(True), Restored(intact)])
+            seated = {s for s, h in seating.handovers.items() if h.seat}
+            assert set(ranks.generating) == seated
+            for lost in () if intact else seated:
+                assert ranks.generating[lost].num_cached == 0
         owned(seating)
         if not waiting and not running and seating.is_clean:
             break
     assert not waiting
     assert seating.is_clean
     assert all(len(lane.table.blocks.free) == lane.table.num_blocks for lane in seating.lanes)
+
+
+def test_what_a_first_failure_lost_is_not_taken_for_there_at_a_second():
+    """A request whose prompt is computed again has no KV until its next token has come."""
+    told = []
+    seating = Colocated([Lane(range(1, 2), RowTable(1, 1, 4, 4))], lambda rank, message: told.append(message))
+    seating.seat(0, make_request(0, 4, 9))
+    for intact, outputs, num_cached, prompts, tokens in (
+        (True, [], 0, 0, 0),  # its prompt was under way
+        (True, [5, 6], 5, 0, 0),
+        (False, [5, 6, 7], 0, 1, 2),
+        (True, [5, 6, 7], 0, 1, 2),
+        (True, [5, 6, 7, 8], 7, 0, 0),
+    ):
+        repeated = seating.resume({0: outputs}, [Restored(intact)])
+        (admission,) = told[-1].admissions
+        assert (admission.outputs, admission.num_cached) == (tuple(outputs), num_cached)
+        assert (repeated.prompts, repeated.tokens) == (prompts, tokens)
+    repeated = seating.resume({0: [5, 6, 7, 8, 9]}, [Restored(intact=False, tokens={0: 6})])
+    assert told[-1].admissions[0].num_cached == 6
+    assert (repeated.prompts, repeated.tokens) == (0, 2)
 
 
 def test_a_full_token_pipeline_holds_prompts_back():

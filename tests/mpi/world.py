@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from dejavu.cluster.engine import Outcome, run_controller, run_worker
+from dejavu.cluster.engine import Outcome, run_controller
 from dejavu.cluster.job import prepare
+from dejavu.cluster.participant import run_worker
 from dejavu.config import ServeConfig
 from dejavu.engine.controller import Controller
 from dejavu.request import Completion, Request

@@ -1,0 +1,119 @@
+"""Keep the ranks of a run together: assemble them, and after the loss of one let a spare take its place."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dejavu.cluster.accelerator import share_memory
+from dejavu.cluster.keeping import needs_replica_carrier
+from dejavu.engine.controller import Controller
+from dejavu.engine.messages import Ready
+from dejavu.engine.recovery import Death, Gathered
+from dejavu.engine.seating import Restored
+from dejavu.engine.setup import EngineSetup
+from dejavu.errors import PeerLostError
+from dejavu.measure.clock import ClockSample, RunClock, estimate_offset
+from dejavu.topology import CONTROLLER
+from dejavu.transport.mpi import Channel
+
+LOAD_DEADLINE_S = 1800.0
+CLOCK_SAMPLES = 10
+MOST_FALSE_ALARMS = 3  # in a row, after which an error that is no rank's death is one of this program
+
+
+class Rounds:
+    """Reform the ranks after each loss, on every rank alike."""
+
+    def __init__(self, channel: Channel, setup: EngineSetup) -> None:
+        self.channel = channel
+        self.setup = setup
+        channel.is_recoverable = setup.is_recoverable
+        self.false_alarms = 0
+
+    def reform(self, error: PeerLostError) -> tuple[Death, ...]:
+        """Find out who is left, and let spares take the places of the dead; raise the error where that cannot be."""
+        if not self.setup.is_recoverable:
+            raise error
+        topology, before = self.setup.topology, self.channel.membership
+        lost = self.channel.recover(topology.first_spare)
+        membership = self.channel.membership
+        self.false_alarms = 0 if lost else self.false_alarms + 1
+        if self.false_alarms > MOST_FALSE_ALARMS:
+            raise error
+        if vacant := [rank for rank in membership.vacant if rank < topology.first_spare]:
+            who = ", ".join(f"{topology.name(rank)} (rank {before.places[rank]})" for rank in vacant)
+            raise PeerLostError(f"{who} died and no spare is left to take over: start with more --spares") from error
+        deaths = [Death(topology.name(rank), before.places[rank] or 0, membership.places[rank]) for rank in lost]
+        return tuple(deaths)
+
+
+class WorkerCompany(Rounds):
+    """See all workers as the controller does."""
+
+    def __init__(self, channel: Channel, setup: EngineSetup, controller: Controller) -> None:
+        super().__init__(channel, setup)
+        self.controller = controller
+        self.gathered_epoch: int | None = None
+
+    def gather(self) -> Gathered:
+        """Wait until everybody is ready to go on, and share the clock."""
+        ranks = [placement.rank for placement in self.setup.topology.workers]
+        workers_comm(self.channel, self.setup)
+        if self.channel.membership.epoch == 0:
+            for line in share_memory(self.channel, self.setup, ranks, LOAD_DEADLINE_S):
+                self.controller.announce(line)
+        ready = self.controller.wait_ready(ranks, LOAD_DEADLINE_S)
+        if self.gathered_epoch is None:
+            for line in describe_links(ready):
+                self.controller.announce(line)
+            self.controller.clock = RunClock.start()
+        self.gathered_epoch = self.channel.membership.epoch
+        share_clock(self.channel, ranks, self.controller.clock)
+        lanes = self.controller.seating.lanes
+        return Gathered([Restored(all(ready[rank].keeps_kv for rank in lane.ranks)) for lane in lanes])
+
+    def assemble(self) -> None:
+        """Gather everybody at the start; nothing to do where a loss has made that necessary already."""
+        if self.gathered_epoch != self.channel.membership.epoch:
+            self.gather()
+
+
+def describe_links(answers: Mapping[int, Ready]) -> list[str]:
+    """Say how the GPUs are joined, each way once with the ranks that use it."""
+    users: dict[str, list[int]] = {}
+    for rank, ready in sorted(answers.items()):
+        for note in ready.notes:
+            users.setdefault(note, []).append(rank)
+    return [f"{note} (rank {', '.join(map(str, ranks))})" for note, ranks in users.items()]
+
+
+def share_clock(channel: Channel, workers: list[int], clock: RunClock) -> None:
+    """Tell the run's clock, and let workers on other hosts find out how far theirs is off."""
+    for rank in workers:
+        channel.send(rank, clock.origin_s)
+        if rank not in channel.near:
+            for _ in range(CLOCK_SAMPLES):
+                channel.receive(rank, channel.deadline_s)
+                channel.send(rank, time.monotonic())
+
+
+def join_clock(channel: Channel) -> RunClock:
+    """Take the controller's clock."""
+    _, origin_s = channel.receive(CONTROLLER)
+    if CONTROLLER in channel.near:
+        return RunClock.join(origin_s)
+    samples = []
+    for _ in range(CLOCK_SAMPLES):
+        sent_s = time.monotonic()
+        channel.send(CONTROLLER, None)
+        _, remote_s = channel.receive(CONTROLLER, channel.deadline_s)
+        samples.append(ClockSample(sent_s, remote_s, time.monotonic()))
+    return RunClock.join(origin_s, estimate_offset(samples))
+
+
+def workers_comm(channel: Channel, setup: EngineSetup) -> Any:
+    """Make the workers' own communicator, where a rank is one less, if KV moves between them; all ranks call this."""
+    if not setup.moves_kv and not needs_replica_carrier(channel, setup):
+        return None
+    is_worker = setup.topology.placements[channel.rank].shard is not None
+    return channel.split(int(is_worker))

@@ -1,0 +1,139 @@
+"""Be one process of a run, whatever rank it comes to play: what it holds stays, what leads to others is made anew."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from dejavu.cluster.accelerator import claim_memory, enter_device
+from dejavu.cluster.company import join_clock, workers_comm
+from dejavu.cluster.engine import (
+    Holdings,
+    Site,
+    dtype_of,
+    make_all_reduce,
+    make_empty_pool,
+    make_mover,
+    make_stage,
+    make_swap,
+    make_worker,
+    open_links,
+    rank_cache,
+)
+from dejavu.cluster.keeping import open_vault, take_pool
+from dejavu.cluster.links import Links
+from dejavu.device.base import Device
+from dejavu.device.vault import Vault
+from dejavu.engine.messages import Ready, Report
+from dejavu.engine.setup import EngineSetup
+from dejavu.errors import CapacityError, PeerLostError, TransferError
+from dejavu.measure.cpu import CpuMeter
+from dejavu.topology import CONTROLLER, Placement
+from dejavu.transport.mpi import Channel
+
+
+def hold(site: Site, links: Links, stack: ExitStack) -> Holdings:
+    """Load this rank's part of the model, and take its KV memory when every GPU has room; `stack` gives it back."""
+    stage, weight_bytes = make_stage(site, make_all_reduce(site, links), stack)
+    if site.channel.membership.epoch == 0:
+        claim_memory(site.channel, site.setup, site.placement, site.device, weight_bytes)
+    if not site.vault or site.cache.is_swapped:
+        return Holdings(stage, make_empty_pool(site), None, CpuMeter())
+    layout = rank_cache(site.setup, site.placement).layout
+    memory, has_kv = take_pool(site.vault, site.device, site.placement, layout)
+    pool = stack.enter_context(memory).view(0, layout.total_bytes).tensor(dtype_of(site.setup), layout.shape)
+    return Holdings(stage, pool, memory, CpuMeter(), has_kv)
+
+
+def run_worker(channel: Channel, setup: EngineSetup) -> None:
+    """Take this rank's place in its pipeline until the run ends."""
+    with ExitStack() as stack:
+        Participant(channel, setup, stack).take_part()
+
+
+class Participant:
+    """Be one process through all changes of its rank: what it holds stays, and all that leads to others is made anew.
+
+    `stack` gives back at the end what is held: the device, weights, and KV memory.
+    """
+
+    def __init__(self, channel: Channel, setup: EngineSetup, stack: ExitStack) -> None:
+        self.channel = channel
+        self.setup = setup
+        self.stack = stack
+        self.device: Device | None = None
+        self.vault: Vault | None = None
+        self.holdings: Holdings | None = None
+
+    def take_part(self) -> None:
+        """Do this rank's work until the run ends; a spare only joins in what all ranks do together."""
+        placement = self.setup.topology.placements[self.channel.rank]
+        comm = workers_comm(self.channel, self.setup)
+        if placement.shard is not None:
+            self.work(placement, comm)
+
+    def work(self, placement: Placement, comm: Any) -> None:
+        """Be a worker until the run ends."""
+        started, channel = time.monotonic(), self.channel
+        torch.set_num_threads(self.setup.config.threads or threads_per_worker(channel, self.setup))
+        with ExitStack() as ties, named_memory_errors(channel), suspecting(self.setup):
+            device = self.device = self.device or enter_device(channel, self.setup, self.stack)
+            site = Site(channel, self.setup, placement, device, self.join_keeper())
+            links = open_links(site, ties)
+            holdings = self.holdings = self.hold(site, links)
+            swap = make_swap(site, ties) if site.cache.is_swapped else None
+            mover = make_mover(site, comm, holdings, swap, ties)
+            notes = tuple(links.describe())
+            channel.send(CONTROLLER, Ready(time.monotonic() - started, notes, holdings.has_kv))
+            holdings.has_kv = swap is None
+            clock = join_clock(channel)
+            worker = make_worker(site, holdings, swap, mover, links, clock)
+            worker.run()
+            report = Report(holdings.steps, holdings.meter.read(), worker.flights.host_s)
+            channel.send(CONTROLLER, mover.report(report, channel.rank, clock.at_s))
+
+    def join_keeper(self) -> Vault | None:
+        """Give what leads to this host's keeper; synthetic stages have no memory to keep."""
+        if not self.vault and not self.setup.config.synthetic:
+            self.vault = self.stack.enter_context(open_vault(self.setup))
+        return self.vault
+
+    def hold(self, site: Site, links: Links) -> Holdings:
+        """Give what this worker holds; a stage whose graphs sum over links that are no more is loaded again."""
+        if self.holdings is None:
+            return hold(site, links, self.stack)
+        if links.sums is not None:
+            self.holdings.stage, _ = make_stage(site, make_all_reduce(site, links), self.stack)
+        return self.holdings
+
+
+@contextmanager
+def suspecting(setup: EngineSetup) -> Iterator[None]:
+    """Take a transfer that failed for the loss of a rank, where such a loss can be made good."""
+    try:
+        yield
+    except TransferError as error:
+        if not setup.is_recoverable:
+            raise
+        raise PeerLostError(str(error)) from error
+
+
+@contextmanager
+def named_memory_errors(channel: Channel) -> Iterator[None]:
+    """Turn torch's error of a GPU without memory into one that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"the GPU of rank {channel.rank} has no memory left ({str(error).splitlines()[0]}): "
+            "lower --microbatch-size, --max-prompt-tokens or --row-len, or free what other programs hold on it"
+        ) from error
+
+
+def threads_per_worker(channel: Channel, setup: EngineSetup) -> int:
+    """Share this host's cores between the workers on it."""
+    workers_here = len((channel.near | {channel.rank}) & {placement.rank for placement in setup.topology.workers})
+    return max(1, len(os.sched_getaffinity(0)) // workers_here)

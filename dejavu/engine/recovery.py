@@ -1,0 +1,120 @@
+"""What a failure does to the requests, and how long it takes: the controller's side of a recovery."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dejavu.engine.seating import Repeated, Restored
+from dejavu.errors import PeerLostError
+from dejavu.measure.failures import FailureRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """Say which process died, what it did, and which one does that now."""
+
+    target: str  # in words, such as "token stage 1"
+    process: int
+    successor: int | None  # None where a spare died
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Say what everybody has when all are ready to go on."""
+
+    restored: Sequence[Restored]  # by pipeline
+    restored_bytes: int = 0
+    kept_bytes: int = 0
+
+
+class Company(Protocol):
+    """Keep the ranks together that serve: the controller's view of all others."""
+
+    def reform(self, error: PeerLostError) -> Sequence[Death]:
+        """Find out who is left, and let spares take the places of the dead; raise the error where that cannot be."""
+
+    def gather(self) -> Gathered:
+        """Wait until everybody is ready to go on, and share the clock."""
+
+
+@dataclass(slots=True)
+class Outage:
+    """Follow one failure until every request that it stalled has its next token."""
+
+    records: list[FailureRecord]  # one for each rank that died
+    stalled: set[int] = field(default_factory=set)  # serials
+    successors: tuple[int | None, ...] = ()
+    kept_bytes: int = 0
+
+    def describe(self) -> list[str]:
+        """Say what happened in words."""
+        pairs = zip(self.records, self.successors, strict=True)
+        return [describe(record, successor, self.kept_bytes) for record, successor in pairs]
+
+
+def describe(record: FailureRecord, successor: int | None, kept_bytes: int) -> str:
+    """Say in one line who died, who takes over, what was restored, and how long it took."""
+    who = f"{record.target} (rank {record.rank}) died, seen at {record.detected_s:.2f} s"
+    if successor is None:
+        return f"{who}: nobody needs to take over, serving went on after {1e3 * record.recovery_s:.0f} ms"
+    said = [f"rank {successor} takes over", *restoration(record, kept_bytes)]
+    return f"{who}: {'; '.join(said)}; serving again after {1e3 * record.recovery_s:.0f} ms"
+
+
+def restoration(record: FailureRecord, kept_bytes: int) -> list[str]:
+    """Say what was restored from where, and what has to be computed again."""
+    said = []
+    if kept_bytes:
+        said.append(f"{kept_bytes / 2**20:.0f} MB of KV kept on the host")
+    if record.bytes_restored:
+        said.append(f"{record.bytes_restored / 2**20:.0f} MB of KV restored from replicas")
+    if record.prompts_recomputed:
+        said.append(f"{record.prompts_recomputed} prompts computed again")
+    elif record.tokens_replayed:
+        said.append(f"{record.tokens_replayed} tokens passed again")
+    else:
+        said.append("nothing recomputed")
+    return said
+
+
+class FailureBook:
+    """Keep account of every failure of a run."""
+
+    def __init__(self) -> None:
+        self.records: list[FailureRecord] = []
+        self.open: list[Outage] = []
+
+    def begin(self, deaths: Sequence[Death], detected_s: float, rebuilt_s: float, stalled: set[int]) -> Outage:
+        """Note who was lost."""
+        first = len(self.records)
+        records = [
+            FailureRecord(first + n, death.target, death.process, "death", detected_s=detected_s, rebuilt_s=rebuilt_s)
+            for n, death in enumerate(deaths)
+        ]
+        outage = Outage(records, stalled, tuple(death.successor for death in deaths))
+        self.records += records
+        self.open.append(outage)
+        return outage
+
+    def resume(self, outage: Outage, gathered: Gathered, repeated: Repeated, restored_s: float) -> None:
+        """Note what it takes to go on."""
+        outage.kept_bytes = gathered.kept_bytes
+        for record in outage.records:
+            record.restored_s = restored_s
+        for record in outage.records[:1]:
+            record.bytes_restored = gathered.restored_bytes
+            record.prompts_recomputed, record.tokens_replayed = repeated.prompts, repeated.tokens
+
+    def token(self, serial: int, time_s: float) -> list[str]:
+        """Note that a request goes on; give what is to be said of failures that are over with it."""
+        for outage in self.open:
+            outage.stalled.discard(serial)
+        return self.close_finished(time_s)
+
+    def close_finished(self, time_s: float) -> list[str]:
+        """Close the failures that no request waits for any more, and say what happened."""
+        finished = [outage for outage in self.open if not outage.stalled]
+        self.open = [outage for outage in self.open if outage.stalled]
+        for record in [record for outage in finished for record in outage.records]:
+            record.resume(time_s)
+        return [line for outage in finished for line in outage.describe()]

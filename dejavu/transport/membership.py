@@ -1,0 +1,72 @@
+"""Who of the processes that mpirun started plays which rank: the same pure reckoning on every survivor of a failure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Map ranks, as the engine names them, to processes, which keep the number that they were started with.
+
+    A rank keeps its meaning for the whole run; a failure changes which process plays it. `epoch` counts the changes.
+    """
+
+    epoch: int
+    places: tuple[int | None, ...]  # by rank: the process that plays it; None plays nobody any more
+    processes: tuple[int, ...]  # by the rank in the communicator of this epoch
+
+    @classmethod
+    def first(cls, size: int) -> "Membership":
+        """Begin a run: every process plays the rank of its number."""
+        return cls(0, tuple(range(size)), tuple(range(size)))
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Give the ranks that a process plays."""
+        return tuple(rank for rank, process in enumerate(self.places) if process is not None)
+
+    def rank_of(self, process: int) -> int:
+        """Give the rank that a process plays."""
+        return self.places.index(process)
+
+    def route(self, rank: int) -> int:
+        """Give a rank's place in the communicator."""
+        process = self.places[rank]
+        assert process is not None, f"nobody plays rank {rank}"
+        return self.processes.index(process)
+
+    def origin(self, place: int) -> int:
+        """Give the rank that is played at a place in the communicator."""
+        return self.rank_of(self.processes[place])
+
+    def lost(self, survivors: Sequence[int]) -> tuple[int, ...]:
+        """Give the ranks whose process is not among the survivors."""
+        alive = set(survivors)
+        return tuple(rank for rank in self.present if self.places[rank] not in alive)
+
+    @property
+    def vacant(self) -> tuple[int, ...]:
+        """Give the ranks that nobody plays."""
+        return tuple(rank for rank, process in enumerate(self.places) if process is None)
+
+
+def reassign(before: Membership, survivors: Sequence[int], first_spare: int, hosts: Sequence[str]) -> Membership:
+    """Give the membership after a failure: spares take the places of the dead, the lowest rank's first.
+
+    `survivors` are the processes by their rank in the new communicator; the ranks from `first_spare` on are spares;
+    `hosts` names each process's host. A spare on the host of the dead is preferred, since a process can map the memory
+    that its host keeps. A place for which no spare is left stays vacant.
+    """
+    alive = set(survivors)
+    places = [process if process in alive else None for process in before.places]
+    for rank in range(first_spare):
+        if places[rank] is None and (spare := choose_spare(places, first_spare, hosts, before.places[rank])):
+            places[rank], places[spare] = places[spare], None
+    return Membership(before.epoch + 1, tuple(places), tuple(survivors))
+
+
+def choose_spare(places: Sequence[int | None], first_spare: int, hosts: Sequence[str], dead: int | None) -> int | None:
+    """Give the rank of the spare that follows a dead process: on the same host if there is one, else the lowest."""
+    spares = [rank for rank in range(first_spare, len(places)) if places[rank] is not None]
+    near = [rank for rank in spares if dead is not None and hosts[places[rank] or 0] == hosts[dead]]
+    return next(iter([*near, *spares]), None)

@@ -1,0 +1,49 @@
+"""Who plays which rank after failures: spares take the places of the dead, and nobody else moves."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dejavu.transport.membership import Membership, reassign
+
+
+def test_spare_takes_the_place_of_the_dead_and_its_own_stays_vacant():
+    after = reassign(Membership.first(6), (0, 1, 3, 4, 5), 4, ["a"] * 6)
+    assert after == Membership(1, (0, 1, 4, 3, None, 5), (0, 1, 3, 4, 5))
+    assert after.lost((0, 1, 4, 5)) == (3,)
+    assert [after.route(rank) for rank in after.present] == [0, 1, 3, 2, 4]
+    assert [after.origin(place) for place in range(5)] == [0, 1, 3, 2, 5]
+    assert after.vacant == (4,)
+
+
+def test_spare_on_the_host_of_the_dead_is_preferred():
+    hosts = ["a", "a", "b", "a", "b"]
+    assert reassign(Membership.first(5), (0, 1, 3, 4), 3, hosts).places == (0, 1, 4, 3, None)
+    assert reassign(Membership.first(5), (0, 2, 3, 4), 3, hosts).places == (0, 3, 2, None, 4)
+
+
+def test_dead_spare_is_replaced_by_nobody():
+    after = reassign(Membership.first(4), (0, 1, 2), 2, ["a"] * 4)
+    assert (after.places, after.vacant) == ((0, 1, 2, None), (3,))
+
+
+@settings(max_examples=200, deadline=None)
+@given(size=st.integers(2, 9), num_spares=st.integers(0, 5), data=st.data())
+def test_places_are_filled_while_there_are_spares(size, num_spares, data):
+    membership = Membership.first(size + num_spares)
+    hosts = data.draw(st.lists(st.sampled_from("ab"), min_size=size + num_spares, max_size=size + num_spares))
+    while len(membership.processes) > 1:
+        dead = data.draw(st.sets(st.sampled_from(membership.processes), max_size=len(membership.processes) - 1))
+        survivors = tuple(process for process in membership.processes if process not in dead)
+        after = reassign(membership, survivors, size, hosts)
+        assert sorted(after.places[rank] for rank in after.present) == sorted(survivors)
+        for rank in range(size):
+            if membership.places[rank] in survivors:
+                assert after.places[rank] == membership.places[rank], "a survivor has lost its rank"
+        spare_left = any(rank >= size for rank in after.present)
+        assert not (spare_left and any(rank < size for rank in after.vacant))
+        assert after.epoch == membership.epoch + 1
+        membership = after
+        if not dead:
+            break
