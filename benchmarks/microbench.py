@@ -9,6 +9,7 @@ Prints a table, what could not be run and why; writes microbench.csv and microbe
 code 1 if any byte was wrong.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ class Settings:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where.")
 @click.option("--filter", "pattern", help="Only cases whose name holds this, or matches it (* and ?).")
 @click.option("--list", "is_list", is_flag=True, help="Name the cases and stop.")
-@click.option("--verbose", is_flag=True, help="Name each case when it begins.")
+@click.option("--verbose", is_flag=True, help="Tell of each case when it begins and ends.")
 @click.option("--out", help="The run directory.")
 @click.pass_context
 def command(context: click.Context, /, out: str | None, is_list: bool, **options: Any) -> int:
@@ -223,8 +224,8 @@ class Bench:
         """Measure one case, and add its row."""
         from .links import agree
 
-        if self.settings.verbose and self.world.rank == 0:
-            click.echo(case.name, err=True)
+        begin_s = time.perf_counter()
+        self._tell(f"{case.name} ...")
         load, reason = None, ""
         try:
             load = make_load(self.world, self.settings, case, self.carrier(case))
@@ -238,6 +239,12 @@ class Bench:
         if load is not None:
             self.world.share()  # no rank frees what another one still works with
             load.close()
+        self._tell(f"{case.name}: {outcome(reason, self.report)}, {time.perf_counter() - begin_s:.1f} s in all")
+
+    def _tell(self, line: str) -> None:
+        """Say on standard error, where it was asked for, how far the run is."""
+        if self.settings.verbose and self.world.rank == 0:
+            click.echo(line, err=True)
 
     def carrier(self, case: Case) -> "Carrier":
         """Give the carrier that was opened for a case's level."""
@@ -259,6 +266,15 @@ class Bench:
         self.world.share()
         for ceiling in self._ceilings.values():
             ceiling.close()
+
+
+def outcome(reason: str, report: Report) -> str:
+    """Say how a case ended, in one line."""
+    if reason:
+        return f"waived, {reason}"
+    row = report.rows[-1]
+    share = f"{row['percent_of_ceiling']:.0f} % of {row['ceiling_gbps']:.1f}"
+    return f"{row['bandwidth_gbps']:.1f} GB/s, {share}, {row['wrong']} wrong"
 
 
 def make_load(world: "RankWorld", settings: Settings, case: Case, carrier: "Carrier") -> Any:
