@@ -406,13 +406,13 @@ class Device(Closing):
         value: int,
         *,
         stream: Stream,
-        deadline_s: float = DEFAULT_DEADLINE_S,
+        deadline_s: float | None = DEFAULT_DEADLINE_S,
     ) -> None:
         """Hold back later work of the stream until the flag is at least `value`.
 
-        After `deadline_s` seconds the stream fails with DeadlineError; they count from when the stream reaches the
-        wait, and on CUDA, where the hardware waits and a watching thread ends it, from this call. On CUDA whoever
-        posts more than about 1000 operations behind a wait is blocked until it ends.
+        After `deadline_s` seconds (None: never) the stream fails with DeadlineError; they count from when the stream
+        reaches the wait, and on CUDA, where the hardware waits and a watching thread ends it, from this call. On CUDA
+        whoever posts more than about 1000 operations behind a wait is blocked until it ends.
         """
 
 

@@ -219,7 +219,7 @@ class CpuDevice(Device):
         value: int,
         *,
         stream: Stream,
-        deadline_s: float = DEFAULT_DEADLINE_S,
+        deadline_s: float | None = DEFAULT_DEADLINE_S,
     ) -> None:
         """Queue a wait that sleeps in the kernel."""
         word = Flag(span(flag)[0])

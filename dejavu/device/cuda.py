@@ -290,17 +290,18 @@ class CudaDevice(Device):
         value: int,
         *,
         stream: Stream,
-        deadline_s: float = DEFAULT_DEADLINE_S,
+        deadline_s: float | None = DEFAULT_DEADLINE_S,
     ) -> None:
         """Queue cuStreamWaitValue32 and have the watch look after it."""
         assert isinstance(stream, CudaStream)
         awaited = AwaitedFlag(span(flag)[0], value & 0xFFFFFFFF, _on_host(flag), deadline_s)
+        position = stream.advance()
         self.activate()
         call(driver.cuStreamWaitValue32, stream.handle, awaited.address, awaited.value, 0)  # 0: at least, cyclic
         if self.captured_waits is not None:
             self.captured_waits.append(awaited)
         else:
-            self.watch.add(stream, awaited)
+            self.watch.add(stream, position, awaited)
 
     def _wait_event(self, event: Any) -> None:
         def settled() -> bool:

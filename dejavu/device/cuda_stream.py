@@ -1,6 +1,7 @@
 """Streams, events and graphs of the CUDA device, and the watch over flag waits that no hardware deadline ends."""
 
 import ctypes
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -52,14 +53,15 @@ class AwaitedFlag:
     address: int
     value: int
     on_host: bool
-    deadline_s: float
+    deadline_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class FlagWait:
-    """Hold one wait that a stream has queued, and the event right behind it."""
+    """Hold one wait that a stream has queued at a position, and the event right behind it."""
 
     stream: "CudaStream"
+    position: int
     flag: AwaitedFlag
     end_s: float
     event: Any
@@ -82,15 +84,16 @@ class FlagWatch:
         self._lock = threading.Lock()
         self._rescue = _urgent_stream()  # hangs behind nobody
 
-    def add(self, stream: "CudaStream", flag: AwaitedFlag) -> None:
-        """Note a wait that was just queued."""
+    def add(self, stream: "CudaStream", position: int, flag: AwaitedFlag) -> None:
+        """Note a wait that was just queued; its position was taken before."""
         with self._lock:
             self._forget_reached()
             self._start()
             event = self._idle.pop() if self._idle else _new_event()
         call(driver.cuEventRecord, event, stream.handle)  # may block: not under the lock, which the thread needs
+        end_s = math.inf if flag.deadline_s is None else time.monotonic() + flag.deadline_s
         with self._lock:
-            self._waits.append(FlagWait(stream, flag, time.monotonic() + flag.deadline_s, event))
+            self._waits.append(FlagWait(stream, position, flag, end_s, event))
         if stream.error is not None:
             self.release(stream)
 
@@ -117,6 +120,12 @@ class FlagWatch:
                     "the peer that writes it has stopped or is slower than the deadline"
                 )
             )
+
+    def first_unreached(self, stream: "CudaStream") -> int | None:
+        """Give the position of the first flag wait that a stream has not passed, or None."""
+        with self._lock:
+            self._forget_reached()
+            return next((wait.position for wait in self._waits if wait.stream is stream), None)
 
     def release(self, stream: "CudaStream") -> None:
         """Let a stream out of all its flag waits."""
@@ -175,10 +184,33 @@ def _urgent_stream() -> Any:
     return call(driver.cuStreamCreateWithPriority, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, highest)
 
 
-class CudaStream(Stream):
-    """Own a CUDA stream, or refer to torch's."""
+@dataclass(slots=True)
+class Source:
+    """Say up to which mark of another stream a stream has waited, and from which of its own positions on."""
 
-    __slots__ = ("__weakref__", "_handle", "_owner", "device", "error", "name", "sources")
+    mark: int
+    position: int
+
+
+class CudaStream(Stream):
+    """Own a CUDA stream, or refer to torch's.
+
+    Positions count its marks and waits. What is queued at or behind position `spoilt` is void once there is an error;
+    a mark before it was made by sound work, and whoever waits for that mark is sound, too.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_handle",
+        "_owner",
+        "_passed",
+        "_position",
+        "device",
+        "error",
+        "name",
+        "sources",
+        "spoilt",
+    )
 
     device: "CudaDevice"
 
@@ -186,7 +218,9 @@ class CudaStream(Stream):
         self.device = device
         self.name = name
         self.error: Exception | None = None
-        self.sources: set[CudaStream] = set()  # streams that this one has waited for since it was last idle
+        self.spoilt = 0
+        self.sources: dict[CudaStream, Source] = {}  # streams that this one has waited for since it was last idle
+        self._position = self._passed = 0  # queued, and known to be done
         self._handle = handle
         self._owner = owner
 
@@ -195,33 +229,58 @@ class CudaStream(Stream):
         """Give the CUstream."""
         return self._handle
 
-    def check(self) -> None:
-        """Raise this stream's error; the error of a stream that this one waited for becomes its own."""
+    def advance(self) -> int:
+        """Give the next position."""
+        self._position += 1
+        return self._position
+
+    def follow(self, source: "CudaStream", mark: int) -> None:
+        """Note that later work waits for a mark of another stream, and so for all that this mark waits for."""
+        position = self.advance()
+        behind = {other: each.mark for other, each in list(source.sources.items()) if each.position <= mark}
+        for other, up_to in {**behind, source: mark}.items():
+            if other is not self:
+                known = self.sources.setdefault(other, Source(up_to, position))
+                known.mark = max(known.mark, up_to)
+
+    def check(self, mark: int | None = None) -> None:
+        """Raise this stream's error, for a `mark` only if it is void; that of a mark waited for becomes its own."""
         if self.error is None:
-            self.error = next((source.error for source in self.sources if source.error is not None), None)
-        if self.error is not None:
+            self._inherit()
+        if self.error is not None and (mark is None or mark >= self.spoilt):
             raise self.error
+
+    def _inherit(self) -> None:
+        for source, waited in list(self.sources.items()):
+            if source.error is not None and waited.mark >= source.spoilt:
+                self.spoilt, self.error = waited.position, source.error
+                return
 
     def query(self) -> bool:
         """Say whether all work is done."""
-        self.device.watch.expire()
+        position = self._position
+        is_done = self._settled()
         self.check()
-        return self._idle()
+        if is_done:
+            self._forget(position)
+        return is_done
 
     def synchronize(self, deadline_s: float | None = None) -> None:
         """Block until all work is done."""
+        position = self._position
         if deadline_s is None and not self.device.watch.in_flight():
             call(driver.cuStreamSynchronize, self._handle)
         else:
             poll(self._settled, deadline_s, f"the work of stream {self.name}")
         self.check()
-        self.sources.clear()
+        self._forget(position)
 
     def cancel(self, error: Exception) -> None:
-        """Give the stream its error, and let it out of its flag waits."""
-        if self.error is None:
-            self.error = error
+        """Give the stream its error, and let it out of its flag waits: void is what lies behind the first of them."""
         self.device.activate()
+        if self.error is None:
+            first = self.device.watch.first_unreached(self)
+            self.spoilt, self.error = self._passed + 1 if first is None else first, error
         self.device.watch.release(self)
 
     def close(self) -> None:
@@ -233,6 +292,11 @@ class CudaStream(Stream):
         poll(self._settled, None, f"the work of stream {self.name}")
         call(driver.cuStreamDestroy, self._handle)
         self.device.forget(self)
+
+    def _forget(self, position: int) -> None:
+        """Note that all up to `position` is done, and was sound."""
+        self._passed = max(self._passed, position)
+        self.sources = {other: each for other, each in list(self.sources.items()) if each.position > position}
 
     def _settled(self) -> bool:
         self.device.watch.expire()
@@ -249,32 +313,32 @@ class CudaStream(Stream):
 class CudaEvent(Event):
     """Own a CUDA event, or another process's opened here."""
 
-    __slots__ = ("_device", "_handle", "_stream")
+    __slots__ = ("_device", "_handle", "_mark", "_stream")
 
     def __init__(self, device: "CudaDevice", handle: Any) -> None:
         self._device = device
         self._handle: Any = handle
         self._stream: CudaStream | None = None
+        self._mark = 0
 
     def record(self, stream: Stream) -> None:
         """Record on the stream."""
         assert isinstance(stream, CudaStream)
-        self._stream = stream
+        self._stream, self._mark = stream, stream.advance()
         call(driver.cuEventRecord, self._handle, stream.handle)
 
     def wait(self, stream: Stream) -> None:
         """Make the stream wait on the device."""
         assert isinstance(stream, CudaStream)
         if self._stream is not None and self._stream is not stream:
-            stream.sources.add(self._stream)
-            stream.sources |= self._stream.sources - {stream}
+            stream.follow(self._stream, self._mark)
         call(driver.cuStreamWaitEvent, stream.handle, self._handle, 0)
 
     def query(self) -> bool:
         """Ask the driver."""
         self._device.watch.expire()
         if self._stream is not None:
-            self._stream.check()
+            self._stream.check(self._mark)
         return reached(self._handle)
 
     def synchronize(self, deadline_s: float | None = None) -> None:
@@ -284,7 +348,7 @@ class CudaEvent(Event):
         else:
             poll(self._settled, deadline_s, "an event")
         if self._stream is not None:
-            self._stream.check()
+            self._stream.check(self._mark)
 
     def elapsed_ms(self, start: Event) -> float:
         """Ask the driver; half a microsecond is its resolution."""
@@ -350,10 +414,11 @@ class CudaGraph(Graph):
 
         assert self._graph is not None, "the graph was closed"
         assert isinstance(stream, CudaStream)
+        position = stream.advance()
         with torch.cuda.stream(external(stream)):
             self._graph.replay()
         for flag in self._waits:
-            stream.device.watch.add(stream, flag)
+            stream.device.watch.add(stream, position, flag)
 
     def close(self) -> None:
         """Free the graph and the memory that torch keeps for it."""

@@ -95,11 +95,11 @@ class Handle(Transfer):
         if self._failure is not None:
             raise self._failure
 
-    def order(self, stream: Stream) -> None:
+    def order(self, stream: Stream, deadline_s: float | None = DEFAULT_DEADLINE_S) -> None:
         """Let later work of `stream` wait for all parts; raises the error of one that has failed already."""
         self._check_started()
         for part in self._parts:
-            part.order(stream)
+            part.order(stream, deadline_s)
         if self._failure is not None:
             raise self._failure
 

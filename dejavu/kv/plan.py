@@ -38,7 +38,6 @@ import numpy.typing as npt
 
 from dejavu.device.pieces import Pieces
 from dejavu.kv.layout import Ints, PoolLayout, Window, cut
-from dejavu.kv.packing import Packing, pack
 from dejavu.kv.side import CacheSide, Row, Selection
 
 
@@ -334,55 +333,3 @@ class Resharding:
         """Plan the direct transfers of a selection; reads both sides' rows."""
         segments = find_segments(self.source, self.target, selection)
         return Plan(selection, segments, tuple(Transfer(pair, segments) for pair in self.select(selection)))
-
-    def gathers(self, selection: Selection, source_rank: int) -> list[tuple[int, Packing]]:
-        """Plan what `source_rank` packs for each target rank; reads the source's rows only."""
-        return [
-            (pair.target_rank, pack(self.source, pair.source, pair.window, selection))
-            for pair in self.select(selection)
-            if pair.source_rank == source_rank
-        ]
-
-    def scatters(self, selection: Selection, target_rank: int) -> list[tuple[int, Packing]]:
-        """Plan where `target_rank` puts what each source rank has packed; reads the target's rows only."""
-        return [
-            (pair.source_rank, pack(self.target, pair.target, pair.window, selection))
-            for pair in self.select(selection)
-            if pair.target_rank == target_rank
-        ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DirectStep:
-    """List the pieces of one new token per row again and again, from one pool into another: the serving hot path.
-
-    Made once for an overlap; a step then only adds the rows' places to the planes' offsets. Pieces are not merged
-    across rows.
-    """
-
-    overlap: Overlap
-    _source_planes: Ints = field(init=False)
-    _target_planes: Ints = field(init=False)
-    _piece_bytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        pair = self.overlap
-        is_one_run = pair.is_whole_tokens and pair.source.block_size == pair.target.block_size == 1
-        count = 1 if is_one_run else 2 * pair.window.num_layers
-        object.__setattr__(self, "_source_planes", pair.source.planes(pair.window).ravel()[:count])
-        object.__setattr__(self, "_target_planes", pair.target.planes(pair.window).ravel()[:count])
-        object.__setattr__(self, "_piece_bytes", 2 * pair.window.num_layers * pair.piece_bytes // count)
-
-    def pieces(self, source_table: Ints, target_table: Ints, position: Ints) -> Pieces:
-        """List the pieces of token `position[i]` of each row i, row by row.
-
-        The tables are int64 [num_rows, max_blocks], a row's block ids in the order of its tokens (`RowMap.table[m]`).
-        """
-        source = self.overlap.source.token_bases(source_table, position)
-        target = self.overlap.target.token_bases(target_table, position)
-        count = len(position) * len(self._source_planes)
-        return Pieces(
-            np.add.outer(source, self._source_planes).ravel(),
-            np.add.outer(target, self._target_planes).ravel(),
-            np.full(count, self._piece_bytes),
-        )

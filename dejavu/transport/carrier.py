@@ -45,8 +45,11 @@ class Transfer(ABC):
         """Block until the transfer has ended; raise its error, or DeadlineError after so many seconds."""
 
     @abstractmethod
-    def order(self, stream: Stream) -> None:
-        """Let later work of `stream` wait for this transfer, without blocking the host."""
+    def order(self, stream: Stream, deadline_s: float | None = DEFAULT_DEADLINE_S) -> None:
+        """Let later work of `stream` wait for this transfer, without blocking the host.
+
+        The stream fails with DeadlineError where the transfer has not ended after so many seconds; None is no limit.
+        """
 
     @abstractmethod
     def cancel(self) -> None:

@@ -318,7 +318,7 @@ class IpcCarrier(Carrier):
                 self._lanes.recycle(send.ready)
                 self._fail_send(send, cancelled())
 
-    def _order_send(self, send: IpcSend, stream: Stream) -> None:
+    def _order_send(self, send: IpcSend, stream: Stream, deadline_s: float | None) -> None:
         with self._lock:
             copies, gate = send.copies, None
             if copies is None and not send.done:
@@ -328,7 +328,7 @@ class IpcCarrier(Carrier):
         if copies is not None:
             copies.order(stream)
         elif gate is not None:
-            self.device.wait_flag(word, value, stream=stream)
+            self.device.wait_flag(word, value, stream=stream, deadline_s=deadline_s)
 
     def _fail_send(self, send: IpcSend, error: BaseException) -> None:
         send.fail(error)

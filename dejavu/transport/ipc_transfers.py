@@ -90,28 +90,31 @@ class IpcReceive(Transfer):
         if self._error is not None:
             raise self._error
 
-    def order(self, stream: Stream) -> None:
+    def order(self, stream: Stream, deadline_s: float | None = DEFAULT_DEADLINE_S) -> None:
         """Queue a wait for the flag. An error is raised here, or given to `stream`."""
         if self._device.properties.kind == "cpu":
-            self._order_at_gate(stream)
+            self._order_at_gate(stream, deadline_s)
         else:
-            self._order_behind_lane(stream)
+            self._order_behind_lane(stream, deadline_s)
         if self.done and self._error is not None:
             raise self._error
 
-    def _order_at_gate(self, stream: Stream) -> None:
+    def _order_at_gate(self, stream: Stream, deadline_s: float | None) -> None:
         with self._lock:
             is_open = not self._has_ended
             if is_open:
                 self._ordered.append(stream)
         if is_open:
-            self._device.wait_flag(self._word.gate, self._value, stream=stream)
+            self._device.wait_flag(self._word.gate, self._value, stream=stream, deadline_s=deadline_s)
 
-    def _order_behind_lane(self, stream: Stream) -> None:
-        """Have a lane wait at the gate, once, and `stream` for the lane: only this carrier cancels the lane."""
+    def _order_behind_lane(self, stream: Stream, deadline_s: float | None) -> None:
+        """Have a lane wait at the gate, once, and `stream` for the lane: only this carrier cancels the lane.
+
+        The deadline of the first stream that waits is that of all.
+        """
 
         def work(lane: Stream) -> None:
-            self._device.wait_flag(self._word.gate, self._value, stream=lane)
+            self._device.wait_flag(self._word.gate, self._value, stream=lane, deadline_s=deadline_s)
 
         with self._lock:
             if not self._has_ended:
@@ -168,7 +171,7 @@ class IpcSend(Transfer):
         self.pieces = pieces
         self.ready = ready
         self.on_cancel: Callable[[IpcSend], None] | None = None
-        self.on_order: Callable[[IpcSend, Stream], None] | None = None
+        self.on_order: Callable[[IpcSend, Stream, float | None], None] | None = None
         self._copies: LaneTransfer | None = None
         self._error: TransferError | None = None
         self._is_placed = threading.Event()  # copies are queued, or it has failed
@@ -199,11 +202,11 @@ class IpcSend(Transfer):
         if self._error is not None:
             raise self._error
 
-    def order(self, stream: Stream) -> None:
+    def order(self, stream: Stream, deadline_s: float | None = DEFAULT_DEADLINE_S) -> None:
         """Queue a wait for the copies, also for those that are not queued yet."""
         if self._copies is None and self._error is None:
             assert self.on_order is not None
-            self.on_order(self, stream)
+            self.on_order(self, stream, deadline_s)
         elif self._copies is not None:
             self._copies.order(stream)
         if self.done and self._error is not None:

@@ -164,8 +164,10 @@ class LaneTransfer(Transfer):
         if self._error is not None:
             raise self._error
 
-    def order(self, stream: Stream) -> None:
-        """Queue a wait for the event; raises the error of a transfer that has ended with one."""
+    def order(self, stream: Stream, deadline_s: float | None = DEFAULT_DEADLINE_S) -> None:
+        """Queue a wait for the event, which has the deadlines of what the lane waits for; raises the error of a
+        transfer that has ended with one.
+        """
         with self._using() as event:
             if event is not None:
                 self._ordered.append(stream)

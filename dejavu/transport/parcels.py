@@ -8,6 +8,7 @@ on the carrier's stream while other chunks travel. All of this belongs to the ca
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,7 @@ class Parcel:
         self.memory = memory
         self.staging = staging
         self.nbytes = pieces.total_bytes
-        if staging.gathering is Gathering.PACKED:
-            pieces = coalesce(in_order(pieces))
-        self.chunks: list[Chunk] = cut_message(pieces, staging.slots.slot_bytes)
+        self._pieces = pieces
         self.transfer: HostTransfer | None = None
         self.number = -1  # given by the receiver
         self.error: TransferError | None = None  # what the other side has ended the message with
@@ -85,7 +84,15 @@ class Parcel:
     @property
     def count(self) -> int:
         """Give the number of chunks."""
-        return len(self.chunks)
+        return -(-self.nbytes // self.staging.slots.slot_bytes)
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """Cut the message: by the progress thread, when it first asks, so that who posts need not wait for it."""
+        pieces = self._pieces
+        if self.staging.gathering is Gathering.PACKED:
+            pieces = coalesce(in_order(pieces))
+        return cut_message(pieces, self.staging.slots.slot_bytes)
 
     def lend(self, index: int) -> Loan | None:
         """Give memory for a chunk: the message's own, or a slot; None while no slot is free."""

@@ -114,7 +114,7 @@ class HostTransfer(Transfer):
         if self._error is not None:
             raise self._error
 
-    def order(self, stream: Stream) -> None:
+    def order(self, stream: Stream, deadline_s: float | None = DEFAULT_DEADLINE_S) -> None:
         """Queue a wait for a flag, which the end writes. An error is raised here, or given to `stream`."""
         with self._lock:
             gate = None if self._ended.is_set() else self._gates.take()
@@ -122,7 +122,7 @@ class HostTransfer(Transfer):
                 self._ordered.append((gate, stream))
                 word, value = gate.word, gate.value
         if gate is not None:
-            self.device.wait_flag(word, value, stream=stream)
+            self.device.wait_flag(word, value, stream=stream, deadline_s=deadline_s)
         if self.done and self._error is not None:
             raise self._error
 

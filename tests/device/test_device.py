@@ -220,6 +220,26 @@ class TestFailure:
             with pytest.raises(TransferError, match="rank 3"):
                 second.synchronize(10)
 
+    def test_a_mark_before_the_failure_stays_sound(self, device, gate):
+        with (
+            device.create_stream("first") as first,
+            device.create_stream("early") as early,
+            device.create_stream("late") as late,
+            device.create_event() as before,
+            device.create_event() as behind,
+        ):
+            before.record(first)
+            before.wait(early)
+            before.synchronize(10)
+            gate.hold(first)
+            behind.record(first)
+            behind.wait(late)
+            first.cancel(TransferError("rank 3 is dead"))
+            with pytest.raises(TransferError, match="rank 3"):
+                late.synchronize(10)
+            early.synchronize(10)
+            before.synchronize(10)
+
     def test_closing_by_an_exception_does_not_hang_in_a_wait(self, device, gate):
         def leave():
             with device.create_stream("left") as stream:

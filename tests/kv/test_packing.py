@@ -80,7 +80,7 @@ SIDES = [((0, 5), 1, 16), ((0, 2, 5), 2, 4), ((0, 1, 3, 5), 3, 3), ((0, 1, 2, 3,
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("one", SIDES)
-def test_what_one_side_gathers_the_other_scatters(one, selection):
+def test_what_one_side_scatters_the_other_gathers(one, selection):
     source = make_side(1, *one)
     sent = {each.rank: fill_pool(source, each.layout) for each in source.ranks}
     for shape in SIDES:
@@ -91,17 +91,19 @@ def test_what_one_side_gathers_the_other_scatters(one, selection):
         direct = Resharding(source, target).plan(selection)
         packed = {}
         for rank, pool in sent.items():
-            for peer, packing in sender.gathers(selection, rank):
-                packed[rank, peer] = np.full(packing.num_bytes, 99, dtype=np.uint8)
-                move(packing.pieces, pool, packed[rank, peer])
-                assert packed[rank, peer].tobytes() == pack_directly(packing.window, selection)
+            for pair in [pair for pair in sender.select(selection) if pair.source_rank == rank]:
+                packing = pack(sender.source, pair.source, pair.window, selection)
+                packed[rank, pair.target_rank] = np.full(packing.num_bytes, 99, dtype=np.uint8)
+                move(packing.pieces, pool, packed[rank, pair.target_rank])
+                assert packed[rank, pair.target_rank].tobytes() == pack_directly(packing.window, selection)
         assert {pair: len(each) for pair, each in packed.items()} == {
             (t.source_rank, t.target_rank): t.num_bytes for t in direct.transfers
         }
         for each in target.ranks:
             wanted, got = (np.full(each.layout.total_bytes, 77, dtype=np.uint8) for _ in range(2))
-            for rank, packing in receiver.scatters(selection, each.rank):
-                move(packing.pieces.inverse, packed[rank, each.rank], got)
+            for pair in [pair for pair in receiver.select(selection) if pair.target_rank == each.rank]:
+                packing = pack(receiver.target, pair.target, pair.window, selection)
+                move(packing.pieces.inverse, packed[pair.source_rank, each.rank], got)
             for transfer in direct.received_by(each.rank):
                 move(transfer.pieces(), sent[transfer.source_rank], wanted)
             assert got.tobytes() == wanted.tobytes()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dejavu.kv.layout import PoolLayout
-from dejavu.kv.plan import DirectStep, Resharding
+from dejavu.kv.plan import Resharding
 from dejavu.kv.side import CacheSide, RankCache, Selection
 
 BACKGROUND, GARBAGE = 251, 253  # what a target and a source pool hold where nothing was put
@@ -297,29 +297,6 @@ def test_what_a_source_lacks_never_becomes_valid():
 def byte_map(pieces):
     triples = zip(pieces.source.tolist(), pieces.target.tolist(), pieces.nbytes.tolist(), strict=True)
     return {b + i: a + i for a, b, n in triples for i in range(n)}
-
-
-@pytest.mark.parametrize(("one", "other"), [(0, 0), (0, 4), (4, 8), (0, 12), (5, 47), (33, 18), (3, 3), (14, 14)])
-def test_a_repeated_step_lists_what_a_plan_lists(one, other):
-    (source, _), (target, _) = source_of(GRID[one]), target_of(GRID[other], STEP)
-    source_table, target_table = (
-        np.array([[*side.rows[r], *[-1] * 30][:30] for r in STEP.rows]) for side in (source, target)
-    )
-    resharding = Resharding(source, target)
-    steps = [DirectStep(overlap) for overlap in resharding.overlaps]
-    for position in (STEP.start, STEP.start - 1, np.array([0, 3, 18])):
-        transfers = resharding.plan(Selection(STEP.rows, position, position + 1)).transfers
-        for step, transfer in zip(steps, transfers, strict=True):
-            pieces = step.pieces(source_table, target_table, position)
-            assert byte_map(pieces) == byte_map(transfer.pieces())
-            assert len(byte_map(pieces)) == pieces.total_bytes
-
-
-def test_a_token_that_is_a_block_is_one_piece_in_a_repeated_step():
-    (source, _), (target, _) = source_of(GRID[0]), target_of(GRID[0], STEP)
-    source_table, target_table = (np.array([side.rows[row][:5] for row in STEP.rows]) for side in (source, target))
-    pieces = DirectStep(*Resharding(source, target).overlaps).pieces(source_table, target_table, np.array([4, 0, 2]))
-    assert pieces.nbytes.tolist() == [source.ranks[0].layout.block_bytes] * 3
 
 
 def test_a_side_must_be_whole():

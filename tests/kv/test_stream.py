@@ -245,7 +245,7 @@ class Slow(Transfer):
         if self.ended is None:
             raise DeadlineError("slow")
 
-    def order(self, stream):
+    def order(self, stream, deadline_s=None):
         pass
 
     def cancel(self):

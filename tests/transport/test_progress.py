@@ -72,6 +72,17 @@ def test_streams_that_wait_go_on_or_get_the_error(device, gates):
         good.synchronize(5)
 
 
+def test_a_stream_waits_as_long_as_it_was_told(device, gates):
+    with device.create_stream("hasty") as hasty, device.create_stream("patient") as patient:
+        transfer = HostTransfer(1, gates)
+        transfer.order(hasty, deadline_s=0.1)
+        transfer.order(patient, deadline_s=None)
+        with pytest.raises(DeadlineError, match="flag"):
+            hasty.synchronize(5)
+        transfer.finish()
+        patient.synchronize(5)
+
+
 def test_a_cancelled_transfer_withdraws_before_it_ends(gates):
     withdrawn = threading.Event()
 
