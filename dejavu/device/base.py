@@ -7,6 +7,7 @@ memory and the tensors of a call alive and unchanged until the stream has passed
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
@@ -179,6 +180,10 @@ class Stream(Closing):
     @abstractmethod
     def synchronize(self, deadline_s: float | None = None) -> None:
         """Block until all work is done; raises the stream's error, or DeadlineError after `deadline_s` seconds."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Queue at the end what is posted within: a CPU stream wakes its thread once for all of it."""
+        return nullcontext()
 
     @abstractmethod
     def cancel(self, error: Exception) -> None:

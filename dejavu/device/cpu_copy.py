@@ -1,6 +1,7 @@
 """Copies on the CPU by address, as far as possible without holding the interpreter's lock."""
 
 import ctypes
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from dejavu.device.pieces import Pieces
 _INDEXED_BYTES = 12 * 1024
 _INDEXED_PIECES = 128
 _CHUNK_BYTES = 256 * 1024
+_GRID_DIMENSIONS = 6
+_LOOK = 64  # pieces at which a list that is no grid mostly shows it
 # Below this, giving the interpreter's lock up and getting it back costs more than the copy.
 _SHORT_BYTES = 64 * 1024
 
@@ -63,6 +66,9 @@ def fill_bytes(target: int, value: int, nbytes: int) -> None:
 
 def copy_pieces(pieces: Pieces) -> None:
     """Copy pieces given by address."""
+    if (grid := find_grid(pieces)) is not None:
+        _copy_grid(pieces, grid)
+        return
     sizes, counts = np.unique(pieces.nbytes, return_counts=True)
     indexed = (sizes > 0) & (sizes <= _INDEXED_BYTES) & (counts >= _INDEXED_PIECES)
     for size in sizes[indexed].tolist():
@@ -71,6 +77,62 @@ def copy_pieces(pieces: Pieces) -> None:
     if not indexed.all():
         rest = ~np.isin(pieces.nbytes, sizes[indexed])
         _copy_each(pieces.target[rest], pieces.source[rest], pieces.nbytes[rest])
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Hold equal pieces as a grid: `shape` of them, whose neighbours along each axis are a stride apart, in bytes."""
+
+    shape: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    target_strides: tuple[int, ...]
+    nbytes: int
+
+
+def find_grid(pieces: Pieces) -> Grid | None:
+    """Find the grid that equal pieces form in both memories, in their order; None where they do not.
+
+    What rows have in common blocks, or in blocks at regular places, is one: layers x rows x k/v x bytes. The whole of
+    it is one call, without the interpreter's lock: two to four times faster than piece by piece.
+    """
+    size = pieces.uniform_bytes
+    if not size or len(pieces) < 2:
+        return None
+    source, target = pieces.source, pieces.target
+    axes: list[tuple[int, int, int]] = []
+    while len(source) > 1:
+        axis = _find_axis(source[:_LOOK], target[:_LOOK])
+        if axis[0] >= _LOOK:
+            axis = _find_axis(source, target)
+        if len(axes) == _GRID_DIMENSIONS or not (
+            _is_axis(source, axis[0], axis[1]) and _is_axis(target, axis[0], axis[2])
+        ):
+            return None
+        axes.insert(0, axis)
+        source, target = source[:: axis[0]], target[:: axis[0]]
+    shape, source_strides, target_strides = zip(*axes, strict=True)
+    return Grid(shape, source_strides, target_strides, size)
+
+
+def _find_axis(source: NDArray[np.int64], target: NDArray[np.int64]) -> tuple[int, int, int]:
+    """Give how many of the first pieces have the same distances, and these."""
+    source_step, target_step = int(source[1] - source[0]), int(target[1] - target[0])
+    others = np.flatnonzero((np.diff(source) != source_step) | (np.diff(target) != target_step))
+    return (int(others[0]) + 1 if len(others) else len(source)), source_step, target_step
+
+
+def _is_axis(places: NDArray[np.int64], count: int, step: int) -> bool:
+    """Tell whether all pieces lie in rows of `count`, a step apart."""
+    if len(places) % count:
+        return False
+    rows = places.reshape(-1, count)
+    return all(bool((np.diff(part, axis=1) == step).all()) for part in (rows[:_LOOK], rows[_LOOK:]))
+
+
+def _copy_grid(pieces: Pieces, grid: Grid) -> None:
+    shape = (*grid.shape, grid.nbytes)
+    source = array_at(int(pieces.source[0]), shape, (*grid.source_strides, 1))
+    array_at(int(pieces.target[0]), shape, (*grid.target_strides, 1))[...] = source
 
 
 def _copy_each(target: NDArray[np.int64], source: NDArray[np.int64], nbytes: NDArray[np.int64]) -> None:

@@ -3,7 +3,8 @@
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 from dejavu.device.base import DEFAULT_DEADLINE_S, DeviceError, Event, Stream
@@ -30,6 +31,11 @@ class Mark:
         self.error = error
         self.time_s = time.perf_counter()
         self._reached.set()
+
+    @property
+    def is_sound(self) -> bool:
+        """Say whether the mark is reached, without an error."""
+        return self._reached.is_set() and self.error is None
 
     def query(self) -> bool:
         """Say whether the mark is reached; raises the stream's error."""
@@ -118,11 +124,22 @@ class InlineStream(CpuStream):
 class ThreadStream(CpuStream):
     """Run jobs on one worker thread, which the first job starts."""
 
-    __slots__ = ("__weakref__", "_closing", "_entries", "_lock", "_num_done", "_num_put", "_on_close", "_thread")
+    __slots__ = (
+        "__weakref__",
+        "_batch",
+        "_closing",
+        "_entries",
+        "_lock",
+        "_num_done",
+        "_num_put",
+        "_on_close",
+        "_thread",
+    )
 
     def __init__(self, name: str, on_close: Callable[["ThreadStream"], None]) -> None:
         super().__init__(name)
-        self._entries: SimpleQueue[Entry | None] = SimpleQueue()  # None ends the worker
+        self._entries: SimpleQueue[list[Entry] | None] = SimpleQueue()  # None ends the worker
+        self._batch: list[Entry] | None = None  # what is held back within `together`
         self._lock = threading.Lock()  # among those who put
         self._num_put = self._num_done = 0
         self._thread: threading.Thread | None = None
@@ -136,6 +153,21 @@ class ThreadStream(CpuStream):
     def mark(self, mark: Mark) -> None:
         """Queue the reaching of a mark."""
         self._put((mark, ()))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Hold entries back until the end."""
+        with self._lock:
+            is_outermost = self._batch is None
+            if is_outermost:
+                self._batch = []
+        try:
+            yield
+        finally:
+            with self._lock:
+                if is_outermost and self._batch is not None:
+                    entries, self._batch = self._batch, None
+                    self._queue(entries)
 
     def query(self) -> bool:
         """Say whether all work is done; raises the stream's error."""
@@ -164,7 +196,14 @@ class ThreadStream(CpuStream):
         with self._lock:
             assert not self._closing, f"work was given to the closed stream {self.name}"
             self._num_put += 1
-            self._entries.put(entry)
+            if self._batch is not None:
+                self._batch.append(entry)
+            else:
+                self._queue([entry])
+
+    def _queue(self, entries: list[Entry]) -> None:
+        if entries:
+            self._entries.put(entries)
             if self._thread is None:
                 self._start()
 
@@ -173,14 +212,18 @@ class ThreadStream(CpuStream):
         self._thread.start()
 
     def _work(self) -> None:
-        while (entry := self._entries.get()) is not None:
-            work = entry[0]
-            if not isinstance(work, Mark):
-                self._run(work)
-            self._num_done += 1  # before a mark is reached: who waited for it finds the stream idle
-            if isinstance(work, Mark):
-                work.reach(self.error)
-            del entry, work  # what the job held is free before the next one is waited for
+        while (entries := self._entries.get()) is not None:
+            while entries:
+                entry = entries.pop(0)
+                self._do(entry[0])
+                del entry  # what the job held is free before the next one is waited for
+
+    def _do(self, work: "Job | Mark") -> None:
+        if not isinstance(work, Mark):
+            self._run(work)
+        self._num_done += 1  # before a mark is reached: who waited for it finds the stream idle
+        if isinstance(work, Mark):
+            work.reach(self.error)
 
     def _run(self, job: Job) -> None:
         if self.error is not None:
@@ -210,7 +253,7 @@ class CpuEvent(Event):
         """Queue the wait for the mark made last."""
         assert isinstance(stream, CpuStream)
         mark = self._mark
-        if mark is not None:
+        if mark is not None and not mark.is_sound:
             stream.submit(lambda: mark.follow(stream))
 
     def query(self) -> bool:

@@ -27,6 +27,7 @@ from dejavu.kv.side import Selection
 from dejavu.transport.carrier import Carrier, Gathering
 
 LARGEST_KEY = 2**63 - 1
+MESSAGE_BYTES = 4 << 20  # 10 us of NVLink, 80 of a bus: about what posting a message costs the host
 
 
 class Level(StrEnum):
@@ -37,7 +38,7 @@ class Level(StrEnum):
 
     NAIVE = "naive"  # a copy per piece, the whole prompt after its last layer
     BUFFERED = "buffered"  # pieces packed by one kernel
-    LAYERED = "layered"  # each prompt layer as it is computed
+    LAYERED = "layered"  # each prompt layer as it is computed, small ones together
     FULL = "full"  # a step's tokens behind the next step's compute
 
     @property
@@ -47,7 +48,7 @@ class Level(StrEnum):
 
     @property
     def is_layered(self) -> bool:
-        """Tell whether each layer is a message of its own."""
+        """Tell whether layers leave as they are computed."""
         return self in (Level.LAYERED, Level.FULL)
 
 
@@ -115,12 +116,14 @@ def stream_out(
     transfer: int,
     stream: Stream,
     level: Level = Level.FULL,
+    message_bytes: int = MESSAGE_BYTES,
 ) -> Handle:
     """Send what the target's ranks must get of this pool, all of it computed by the work that `stream` has now.
 
     `resharding` describes the two sides by their ranks' layouts; their rows are not looked at, only this pool's.
     """
-    streamer = LayerStreamer(carrier, pool, resharding, selection, transfer=transfer, stream=stream, level=level)
+    how = {"transfer": transfer, "message_bytes": message_bytes}
+    streamer = LayerStreamer(carrier, pool, resharding, selection, stream=stream, level=level, **how)
     streamer.layer_done(pool.layout.window.last_layer - 1)
     return streamer.handle
 
@@ -134,6 +137,7 @@ def stream_in(
     transfer: int,
     stream: Stream,
     level: Level = Level.FULL,
+    message_bytes: int = MESSAGE_BYTES,
 ) -> Handle:
     """Receive what the source's ranks have for this pool; tokens are valid once all layers of the pool have arrived.
 
@@ -142,7 +146,7 @@ def stream_in(
     """
     check_level(carrier, level)
     pairs = [pair for pair in resharding.select(selection) if pair.target_rank == pool.rank]
-    messages = list(cut_messages(pool, pairs, selection, transfer, level))
+    messages = list(cut_messages(pool, pairs, selection, transfer, level, message_bytes))
     landing = pool.begin(pool.spans(selection), selection.first_layer, selection.last_layer) if messages else None
     groups = group_layers([message.window for message in messages], pool.layout.num_heads)
     handle = Handle(count_bytes(messages), len(messages), landing, groups)
@@ -154,7 +158,9 @@ def stream_in(
 class LayerStreamer:
     """Send a prompt's KV while it is computed: the model's loop says `layer_done` after each layer.
 
-    At the levels below `layered` everything leaves after the last layer. `handle` is done once all layers were sent.
+    At the levels below `layered` everything leaves after the last layer; from there on each layer, or as many as make
+    up `message_bytes` (on both sides alike), since a message costs the same however small it is. `handle` is done once
+    all layers were sent.
     """
 
     def __init__(
@@ -167,6 +173,7 @@ class LayerStreamer:
         transfer: int,
         stream: Stream,
         level: Level = Level.FULL,
+        message_bytes: int = MESSAGE_BYTES,
     ) -> None:
         """Plan the messages; `stream` is the one that the layers are computed on."""
         check_level(carrier, level)
@@ -175,7 +182,7 @@ class LayerStreamer:
         self.stream = stream
         self._is_layered = level.is_layered
         pairs = [pair for pair in resharding.select(selection) if pair.source_rank == pool.rank]
-        messages = cut_messages(pool, pairs, selection, transfer, level)
+        messages = cut_messages(pool, pairs, selection, transfer, level, message_bytes)
         self._end = pool.layout.window.last_layer
         self._unsent = deque(sorted(messages, key=lambda message: message.window.last_layer))
         self.handle = Handle(count_bytes(self._unsent), len(self._unsent))
@@ -191,21 +198,32 @@ class LayerStreamer:
 
 
 def cut_messages(
-    pool: KVPool, pairs: Sequence[Overlap], selection: Selection, transfer: int, level: Level
+    pool: KVPool,
+    pairs: Sequence[Overlap],
+    selection: Selection,
+    transfer: int,
+    level: Level,
+    message_bytes: int = MESSAGE_BYTES,
 ) -> Iterator[Message]:
-    """Cut the pool's part of a selection into messages: one for each pair of ranks, and at some levels each layer."""
+    """Cut the pool's part of a selection into messages: one for each pair of ranks, and at some levels some layers."""
     if selection.num_tokens == 0:
         return
     for pair in pairs:
         window = pair.window
-        step = 1 if level.is_layered else window.num_layers
-        first = window.clip_layers(window.first_layer, window.first_layer + step)
-        pieces = pack(pool.side, pool.layout, first, selection).pieces
+        step = bundle_layers(pool, window, selection, message_bytes) if level.is_layered else window.num_layers
         peer = pair.target_rank if pair.source_rank == pool.rank else pair.source_rank
         for layer in range(window.first_layer, window.last_layer, step):
-            key = message_key(transfer, pair.source_rank, pair.target_rank, layer, layer + step)
-            shift = (layer - window.first_layer) * pool.layout.layer_bytes
-            yield Message(peer, key, window.clip_layers(layer, layer + step), pieces.shifted(shift, 0))
+            part = window.clip_layers(layer, layer + step)
+            if layer == window.first_layer or part.num_layers < step:
+                shape, origin = pack(pool.side, pool.layout, part, selection).pieces, layer
+            key = message_key(transfer, pair.source_rank, pair.target_rank, layer, part.last_layer)
+            yield Message(peer, key, part, shape.shifted((layer - origin) * pool.layout.layer_bytes, 0))
+
+
+def bundle_layers(pool: KVPool, window: Window, selection: Selection, message_bytes: int) -> int:
+    """Give how many layers make up a message: as few as have `message_bytes`, counted from what both sides know."""
+    layer_bytes = 2 * selection.num_tokens * window.num_heads * pool.layout.head_bytes
+    return min(window.num_layers, -(-message_bytes // layer_bytes))
 
 
 def count_bytes(messages: Collection[Message]) -> int:

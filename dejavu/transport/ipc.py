@@ -29,7 +29,7 @@ from dejavu.transport.ipc_transfers import WORD_BYTES, IpcReceive, IpcSend, Word
 from dejavu.transport.lanes import Lanes
 from dejavu.transport.message import join
 from dejavu.transport.progress import Gate, Gates
-from dejavu.transport.staging import cancelled, move, wrap
+from dejavu.transport.staging import cancelled, is_short, move, wrap
 
 NUM_WORDS = 8192  # of one rank: how many receives can be under way
 WORDS_BYTES = NUM_WORDS * WORD_BYTES
@@ -288,9 +288,15 @@ class IpcCarrier(Carrier):
             self.device.write_flag(arrived, post.value, stream=lane)
             self.device.write_flag(gate, post.value, stream=lane)
 
-        send.start(self._lanes.run(send.nbytes, send.ready, work, (send, post, place)))
-        self._copying.append(Copying(peer, send, post))
-        self._wake(at_once=send in self._gated)
+        short = is_short(self.device, joined, self.gathering)
+        copies = self._lanes.run(send.nbytes, send.ready, work, (send, post, place), is_short=short)
+        send.start(copies)
+        item = Copying(peer, send, post)
+        if copies.done:
+            self._conclude(item)
+        else:
+            self._copying.append(item)
+            self._wake(at_once=send in self._gated)
 
     # Ends, called back by transfers
 

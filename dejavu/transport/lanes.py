@@ -51,19 +51,30 @@ class Lanes(Closing):
         self._events: list[Event] = []
         self.lock = threading.RLock()  # taken before a transfer's
 
-    def run(self, nbytes: int, after: Event | None, work: Callable[[Stream], None], held: object) -> "LaneTransfer":
+    def run(
+        self,
+        nbytes: int,
+        after: Event | None,
+        work: Callable[[Stream], None],
+        held: object,
+        *,
+        is_short: bool = False,
+    ) -> "LaneTransfer":
         """Have `work` queue its copies behind `after` on a lane, and give the transfer that follows them.
 
-        `held` stays alive until the transfer has ended. `after` is given back to `mark`'s events.
+        `held` stays alive until the transfer has ended. `after` is given back to `mark`'s events. Where `after` has
+        been reached, the caller does short work itself, on a CPU.
         """
         with self.lock:
-            lane = self._take()
-            if after is not None:
-                after.wait(lane.stream)
-                self._events.append(after)
-            work(lane.stream)
-            transfer = LaneTransfer(self, lane, nbytes, self._record(lane.stream), held)
-            lane.running.append(transfer)
+            lane = Lane(self.device.compute_stream) if is_short and is_reached(after) else self._take()
+            with lane.stream.together():
+                if after is not None:
+                    after.wait(lane.stream)
+                    self._events.append(after)
+                work(lane.stream)
+                transfer = LaneTransfer(self, lane, nbytes, self._record(lane.stream), held)
+            if not transfer.done:
+                lane.running.append(transfer)
         return transfer
 
     def mark(self, stream: Stream) -> Event:
@@ -115,6 +126,14 @@ class Lanes(Closing):
         event = self._events.pop() if self._events else self.device.create_event()
         event.record(stream)
         return event
+
+
+def is_reached(event: Event | None) -> bool:
+    """Tell whether what an event marks is done, and sound."""
+    try:
+        return event is None or event.query()
+    except Exception:  # of the caller's stream, which the transfer gets where it waits for it
+        return False
 
 
 class LaneTransfer(Transfer):

@@ -9,7 +9,7 @@ from dejavu.errors import TransferError
 from dejavu.transport.arena import Arena
 from dejavu.transport.carrier import Carrier, Gathering, Transfer, check_message
 from dejavu.transport.lanes import Lanes, LaneTransfer
-from dejavu.transport.staging import move
+from dejavu.transport.staging import is_short, move
 
 
 @dataclass(slots=True)
@@ -145,7 +145,8 @@ class LocalStore(Carrier):
             else:
                 move(self.device, memory, kept, pieces.inverse, self.gathering, stream=lane)
 
-        transfer = lanes.run(entry.nbytes, lanes.mark(stream), work, (memory, pieces))
+        short = not before and is_short(self.device, pieces, self.gathering)
+        transfer = lanes.run(entry.nbytes, lanes.mark(stream), work, (memory, pieces), is_short=short)
         self._uses.append(Use(entry.offset, entry.offset + entry.nbytes, writes, transfer))
         return transfer
 

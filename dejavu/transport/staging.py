@@ -10,6 +10,7 @@ from dejavu.transport.carrier import Gathering
 from dejavu.transport.message import coalesce
 
 CHUNK_BYTES = 4 << 20
+SHORT_BYTES, SHORT_PIECES = 256 << 10, 1024  # of a message that takes a CPU less time than to wake a thread for it
 
 
 def move(
@@ -28,6 +29,13 @@ def move(
     for start, to, nbytes in rows:
         if nbytes:
             device.copy(target.view(to, nbytes), source.view(start, nbytes), stream=stream)
+
+
+def is_short(device: Device, pieces: Pieces, gathering: Gathering) -> bool:
+    """Tell whether a message is copied at once where its bytes are ready: on a CPU, which has no engine for it."""
+    if device.properties.kind != "cpu" or pieces.total_bytes > SHORT_BYTES:
+        return False
+    return len(pieces) == 1 or (len(pieces) <= SHORT_PIECES and gathering is Gathering.PACKED)
 
 
 def choose_engine(device: Device, target: Buffer, source: Buffer, pieces: Pieces) -> Engine:

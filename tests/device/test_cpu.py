@@ -122,6 +122,21 @@ def test_flags_compare_cyclically_and_see_plain_stores():
         flag.wait(8, 0.01)
 
 
+def test_work_posted_together_begins_at_the_end_and_keeps_its_order(device):
+    target = torch.zeros(64, dtype=torch.uint8)
+    with device.create_stream("work") as stream, device.create_event() as event:
+        with stream.together():
+            device.fill(target, 1, stream=stream)
+            with stream.together():
+                device.fill(target[:32], 2, stream=stream)
+            event.record(stream)
+            time.sleep(0.02)
+            assert not event.query()
+            assert not target.any()
+        event.synchronize(10)
+    assert target.tolist() == [2] * 32 + [1] * 32
+
+
 def test_the_compute_stream_raises_at_once(device):
     with device.allocate(4) as flag, pytest.raises(DeadlineError):
         device.wait_flag(flag, 1, stream=device.compute_stream, deadline_s=0.01)

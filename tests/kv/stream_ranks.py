@@ -134,6 +134,7 @@ def random_pairs(world):
         sender = world.pool(source, ROWS, sent)
         receiver = world.pool(target, {row: start for row, (start, _) in spans.items()}, wide=True)
         options = {"transfer": transfer, "stream": world.device.compute_stream, "level": level}
+        options["message_bytes"] = int(rng.choice((1, 300, 1 << 22)))  # a layer each, some, all of them
         common = without_rows(source, target), selection
         if receiver:
             handle = stream_in(world.carrier(level), receiver, *common, **options)
@@ -166,7 +167,7 @@ def layers_follow_their_compute(world):
     source, target, sent, receiver = two_sides(world)
     sender = world.pool(source, ROWS, {rank: np.full_like(pool, GARBAGE) for rank, pool in sent.items()})
     common, transfer = (without_rows(source, target), Selection.of(WHOLE)), world.transfer()
-    options = {"transfer": transfer, "level": Level.FULL}
+    options = {"transfer": transfer, "level": Level.FULL, "message_bytes": 1}
     if sender:
         layout, compute = sender.layout, world.stream()
         truth = world.open.enter_context(world.device.allocate_host(layout.total_bytes))
@@ -208,16 +209,17 @@ def a_cancelled_receive_leaves_tokens_void(world):
     sender = world.pool(source, ROWS, sent)
     common, level = (without_rows(source, target), Selection.of(WHOLE)), Level.LAYERED
     stream, carrier = world.device.compute_stream, world.carrier(level)
+    how = {"stream": stream, "level": level, "message_bytes": 1}
     first, second = world.transfer(), world.transfer()
     if sender:
-        streamer = LayerStreamer(carrier, sender, *common, transfer=first, stream=stream, level=level)
+        streamer = LayerStreamer(carrier, sender, *common, transfer=first, **how)
         streamer.layer_done(sender.layout.first_layer)
         world.barrier()
         streamer.handle.cancel()
         assert streamer.handle.error is not None or not streamer.handle.done
-        stream_out(carrier, sender, *common, transfer=second, stream=stream, level=level).wait(DEADLINE_S)
+        stream_out(carrier, sender, *common, transfer=second, **how).wait(DEADLINE_S)
     if receiver:
-        handle = stream_in(carrier, receiver, *common, transfer=first, stream=stream, level=level)
+        handle = stream_in(carrier, receiver, *common, transfer=first, **how)
         end_s = time.monotonic() + DEADLINE_S
         while handle.moved_bytes < handle.nbytes // 2 and time.monotonic() < end_s:
             assert not handle.done
@@ -228,7 +230,7 @@ def a_cancelled_receive_leaves_tokens_void(world):
             handle.wait(DEADLINE_S)
         assert handle.done
         assert {receiver.length(row) for row in ROWS} == {0}
-        retry = stream_in(carrier, receiver, *common, transfer=second, stream=stream, level=level)
+        retry = stream_in(carrier, receiver, *common, transfer=second, **how)
         assert {receiver.length(row) for row in ROWS} == {0}
         retry.wait(DEADLINE_S)
         check(receiver, put_elements(target, BACKGROUND, WHOLE, 0, 4), ROWS)

@@ -29,6 +29,7 @@ from dejavu.kv import (
     gather,
     message_key,
     scatter,
+    stream_in,
 )
 from dejavu.kv.handle import group_layers
 from dejavu.transport.carrier import Gathering, Transfer
@@ -227,6 +228,28 @@ def test_a_layer_streamer_waits_for_its_layers(device, pools):
                 stream=device.compute_stream,
                 level=Level.NAIVE,
             )
+
+
+@pytest.mark.parametrize(
+    ("message_bytes", "sizes"), [(1, [640] * 3), (640, [640] * 3), (641, [1280, 640]), (1 << 20, [1920])]
+)
+def test_small_layers_leave_together(device, pools, message_bytes, sizes):
+    side, stream = pools[0].side, device.compute_stream
+    selection = Selection.of({"a": (0, 8)})
+    with LocalStore(device, 1 << 20) as store:
+        common = {"transfer": 1, "stream": stream, "message_bytes": message_bytes}
+        streamer = LayerStreamer(store, pools[0], Resharding(side, side), selection, **common)
+        left = []
+        for layer in (2, 3, 4):
+            before = store.free_bytes
+            streamer.layer_done(layer)
+            left.append(before - store.free_bytes)
+        assert [-(-size // 256) * 256 for size in sizes] == [size for size in left if size]
+        assert left[-1]
+        streamer.handle.wait(5)
+        back = stream_in(store, pools[1], Resharding(side, pools[1].side), selection, **common)
+        back.wait(5)
+        assert pools[1].length("a") == 8
 
 
 class Slow(Transfer):

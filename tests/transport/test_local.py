@@ -68,3 +68,20 @@ def test_a_failed_send_leaves_nothing_under_its_key(device):
         with pytest.raises(TransferError):
             store.receive(0, 1, region.memory, region.pieces, stream=device.compute_stream)
         send(store, device, 1, 100)  # the lane that failed is replaced
+
+
+@pytest.mark.parametrize("nbytes", [1000, 1 << 20])
+def test_a_short_message_of_ready_bytes_is_copied_at_once(device, nbytes):
+    with LocalStore(device, 4 << 20) as store, device.allocate(4) as flag, device.create_stream("busy") as busy:
+        region = Region(device, contiguous(nbytes))
+        region.write(contents(nbytes, 1))
+        sent = store.send(0, 1, region.memory, region.pieces, stream=device.compute_stream)
+        assert sent.done or nbytes == 1 << 20
+        device.wait_flag(flag, 1, stream=busy)
+        held = store.send(0, 1, region.memory, region.pieces, stream=busy)  # its bytes are not ready
+        behind = store.receive(0, 1, region.memory, region.pieces, stream=device.compute_stream)
+        assert not held.done
+        assert not behind.done
+        device.write_flag(flag, 1, stream=device.compute_stream)
+        behind.wait(10)
+        assert held.done
