@@ -40,6 +40,8 @@ class Lane:
 class Lanes(Closing):
     """Lend the streams of one direction: an idle one, a new one up to a limit, then the one lent the longest ago.
 
+    On CUDA all of them are made at once.
+
     So a transfer that waits for its producer holds up no other, as long as there are lanes.
     """
 
@@ -49,6 +51,8 @@ class Lanes(Closing):
         self._limit = limit
         self._lanes: deque[Lane] = deque()  # least recently lent first
         self._events: list[Event] = []
+        if device.properties.kind != "cpu":  # making a CUDA stream may wait for the device, and it for a peer's flag
+            self._lanes.extend(self._create() for _ in range(limit))
         self.lock = threading.RLock()  # taken before a transfer's
 
     def run(
@@ -118,9 +122,12 @@ class Lanes(Closing):
 
     def _another(self) -> Lane:
         if len(self._lanes) < self._limit:
-            self._lanes.append(Lane(self.device.create_stream(self._name)))
+            self._lanes.append(self._create())
             return self._lanes[-1]
         return self._lanes[0]
+
+    def _create(self) -> Lane:
+        return Lane(self.device.create_stream(self._name))
 
     def _record(self, stream: Stream) -> Event:
         event = self._events.pop() if self._events else self.device.create_event()

@@ -29,6 +29,7 @@ MAX_OFFERS = 1 << 16  # of one peer, waiting for their sends
 WITHDRAW_S = 5.0  # how long a side that gives up waits for the other one
 BUSY_S = 30e-6  # how long the thread looks again at once; more would keep the interpreter from the other threads
 SHORTEST_NAP_S = 20e-6
+CUDA_NAP_S = 1e-4  # at most, while transfers are under way
 TIMER_SLACK_NS = 1000  # by how much a nap may be longer; the default is 50,000
 LINGER_S = 20e-3  # how long it goes on looking after the last transfer
 Side = TypeVar("Side", Outgoing, Incoming)
@@ -146,12 +147,15 @@ class LinkCarrier(Carrier):
     """Be a carrier over a wire."""
 
     staging_location: ClassVar[Location] = Location.HOST
+    direct_bytes: ClassVar[int] = 0  # of a chunk that needs no slot; 0: as long as a slot
 
     def __init__(self, device: Device, wire: Wire, gathering: Gathering, *, chunk_bytes: int, num_slots: int) -> None:
         self.device = device
         self.gathering = gathering
         self.wire = wire
         self._gates = Gates(device)
+        if device.properties.kind != "cpu":  # where no stream can wake the thread, and cores are many
+            wire.longest_nap_s = min(wire.longest_nap_s, CUDA_NAP_S)
         # On a CPU the progress thread copies by itself; elsewhere each direction has a stream.
         self._own_streams = (
             [] if device.properties.kind == "cpu" else [device.create_stream(f"{self.name}-{i}") for i in range(2)]
@@ -197,7 +201,7 @@ class LinkCarrier(Carrier):
 
     def _staging(self, stream: Stream, chunk_bytes: int, num_slots: int) -> Staging:
         slots = Slots(self.device, slot_bytes=chunk_bytes, num_slots=num_slots, location=self.staging_location)
-        return Staging(self.device, stream, slots, self.gathering, self.reaches)
+        return Staging(self.device, stream, slots, self.gathering, self.reaches, self.direct_bytes or chunk_bytes)
 
     def _check(self, peer: int, key: int, memory: Buffer, pieces: Pieces) -> None:
         if not 0 <= peer < self.wire.size or peer == self.wire.rank:
@@ -228,7 +232,7 @@ class LinkCarrier(Carrier):
         yield from self._match(parcel)
         self._outgoing[parcel.peer, parcel.number] = parcel
         try:
-            self.wire.post(parcel.peer, Note(Kind.GO, parcel.number))
+            self.wire.post(parcel.peer, Note(Kind.GO, parcel.number, nbytes=parcel.chunk_bytes))
             while parcel.returned < parcel.count:
                 self._check_peer(parcel)
                 yield self.wire.push(parcel)
@@ -244,13 +248,15 @@ class LinkCarrier(Carrier):
             self._check_peer(parcel)
             yield False
         parcel.number = offer.number
-        theirs, mine = (offer.nbytes, offer.value), (parcel.nbytes, parcel.staging.slots.slot_bytes)
-        if theirs != mine:
+        is_cut_alike = self.direct_bytes > 0 or offer.value == parcel.chunk_bytes
+        if offer.nbytes != parcel.nbytes or offer.value == 0 or not is_cut_alike:
             self.wire.post(parcel.peer, Note(Kind.STOP, parcel.number))
             raise TransferError(
-                f"rank {parcel.peer} expects {theirs[0]} bytes in chunks of {theirs[1]} under key {parcel.key}, "
-                f"this rank sends {mine[0]} in chunks of {mine[1]}: make both sides' lists from one plan"
+                f"rank {parcel.peer} expects {offer.nbytes} bytes in chunks of {offer.value} under key {parcel.key}, "
+                f"this rank sends {parcel.nbytes} in chunks of {parcel.chunk_bytes}: "
+                "make both sides' lists from one plan"
             )
+        parcel.agree(min(parcel.chunk_bytes, offer.value))
 
     def _next_offer(self, peer: int, key: int) -> Note | None:
         offers = self._offers.get((peer, key))
@@ -273,8 +279,7 @@ class LinkCarrier(Carrier):
         self._last_number += 1
         parcel.number = self._last_number
         self._incoming[parcel.peer, parcel.number] = parcel
-        chunk_bytes = parcel.staging.slots.slot_bytes
-        self.wire.post(parcel.peer, Note(Kind.OFFER, parcel.number, parcel.key, parcel.nbytes, chunk_bytes))
+        self.wire.post(parcel.peer, Note(Kind.OFFER, parcel.number, parcel.key, parcel.nbytes, parcel.chunk_bytes))
         try:
             while not parcel.is_going or parcel.landed < parcel.limit:
                 self._check_peer(parcel)
@@ -332,10 +337,18 @@ class LinkCarrier(Carrier):
         elif note.kind is Kind.GRANT and at in self._outgoing:
             self.wire.granted(self._outgoing[at], note)
         elif note.kind is Kind.GO and at in self._incoming:
-            self._incoming[at].is_going = True
-            self.wire.began(self._incoming[at], note)
+            self._take_go(self._incoming[at], note)
         elif note.kind is Kind.STOP and at in self._incoming:
             take_stop(self._incoming[at], note)
+
+    def _take_go(self, parcel: Incoming, note: Note) -> None:
+        if not parcel.is_going:
+            if not 0 < note.nbytes <= parcel.chunk_bytes:
+                self.wire.lose(parcel.peer, f"it sends chunks of {note.nbytes} bytes, not of {parcel.chunk_bytes}")
+                return
+            parcel.agree(note.nbytes)
+            parcel.is_going = True
+        self.wire.began(parcel, note)
 
     def _take_offer(self, peer: int, note: Note) -> None:
         if self._num_offers[peer] >= MAX_OFFERS:

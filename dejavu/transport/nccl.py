@@ -25,6 +25,7 @@ from dejavu.transport.notes import Kind, Note
 from dejavu.transport.parcels import Incoming, Loan, Outgoing
 
 CHUNK_BYTES = 64 << 20
+DIRECT_BYTES = 256 << 20  # of a chunk without staging: NCCL gains 7 % over 64 MiB, and holds others up for 0.7 ms
 NUM_SLOTS = 3  # device memory, allocated when a message first needs packing
 WINDOW = 4  # chunks of one message that are launched at a time
 OPENING_S = 10.0  # how long a close waits for a path that is being opened
@@ -269,6 +270,7 @@ class NcclCarrier(LinkCarrier):
 
     name = "nccl"
     staging_location: ClassVar[Location] = Location.DEVICE
+    direct_bytes: ClassVar[int] = DIRECT_BYTES
 
     def __init__(
         self,

@@ -104,6 +104,7 @@ def missing(device: Device) -> str | None:
     if device.properties.kind != "cuda":
         return f"it moves GPU memory, and this rank runs on {device}"
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast that a killed process leaves behind blocks the GPUs
+    os.environ.setdefault("NCCL_P2P_NVL_CHUNKSIZE", "131072")  # of one send: 2 % faster than the default on two H200s
     try:
         from nccl import core
 

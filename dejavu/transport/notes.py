@@ -16,7 +16,7 @@ class Kind(IntEnum):
     """Say what a note is about. A message is named by the number that its receiver gave it."""
 
     OFFER = 1  # receiver: a message of `nbytes`, cut into chunks of `value` bytes, may come under `key`
-    GO = 2  # sender: its chunks follow, or `value` of them have been started (nccl)
+    GO = 2  # sender: its chunks, of `nbytes` bytes, follow, or `value` of them have been started (nccl)
     GRANT = 3  # receiver: `value` says where they go (rma)
     CANCEL = 4  # receiver: send no more
     STOP = 5  # sender: `value` chunks were sent, no more will be

@@ -1,7 +1,8 @@
 """The two sides of a link's message: chunks lent to the wire from where they lie, or packed through staging slots.
 
-Chunk i of a message is its bytes [i * chunk_bytes, (i + 1) * chunk_bytes), on both sides. A chunk that is contiguous in
-memory that the wire reaches is its own staging: nothing is copied. Any other passes through a slot, packed or unpacked
+Chunk i of a message is its bytes [i * chunk_bytes, (i + 1) * chunk_bytes), on both sides, which agree on the smaller
+size that one of them can do with. A chunk that is contiguous in memory that the wire reaches is its own staging:
+nothing is copied, and it may be larger than a slot. Any other passes through a slot, packed or unpacked
 on the carrier's stream while other chunks travel. All of this belongs to the carrier's progress thread.
 """
 
@@ -35,6 +36,7 @@ class Staging:
     slots: Slots
     gathering: Gathering
     reaches: Callable[[Buffer], bool]  # whether the wire moves such memory itself
+    direct_bytes: int  # of a chunk that needs no slot
 
 
 @dataclass(slots=True, eq=False)
@@ -75,8 +77,11 @@ class Parcel:
         self.staging = staging
         self.nbytes = pieces.total_bytes
         self._pieces = pieces
+        is_direct = len(pieces) == 1 and staging.reaches(memory)
+        self.chunk_bytes = staging.direct_bytes if is_direct else staging.slots.slot_bytes
         self.transfer: HostTransfer | None = None
         self.number = -1  # given by the receiver
+        self.limit = self.count  # how many chunks travel
         self.error: TransferError | None = None  # what the other side has ended the message with
         self.wire: Any = None  # what the wire keeps about the message
         self.copying: deque[Loan] = deque()
@@ -84,7 +89,7 @@ class Parcel:
     @property
     def count(self) -> int:
         """Give the number of chunks."""
-        return -(-self.nbytes // self.staging.slots.slot_bytes)
+        return -(-self.nbytes // self.chunk_bytes)
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -92,7 +97,13 @@ class Parcel:
         pieces = self._pieces
         if self.staging.gathering is Gathering.PACKED:
             pieces = coalesce(in_order(pieces))
-        return cut_message(pieces, self.staging.slots.slot_bytes)
+        return cut_message(pieces, self.chunk_bytes)
+
+    def agree(self, chunk_bytes: int) -> None:
+        """Cut the message as the other side does; before any chunk is asked for."""
+        if chunk_bytes != self.chunk_bytes:
+            self.chunk_bytes = chunk_bytes
+            self.limit = self.count
 
     def lend(self, index: int) -> Loan | None:
         """Give memory for a chunk: the message's own, or a slot; None while no slot is free."""
@@ -130,7 +141,6 @@ class Outgoing(Parcel):
     def __init__(self, peer: int, key: int, memory: Buffer, pieces: Pieces, staging: Staging) -> None:
         super().__init__(peer, key, memory, pieces, staging)
         self.packed = self.sent = self.returned = 0
-        self.limit = self.count
 
     def next(self) -> Loan | None:
         """Give the next chunk, once its bytes are ready; the wire gives it to `take_back` later."""
@@ -174,7 +184,6 @@ class Incoming(Parcel):
     def __init__(self, peer: int, key: int, memory: Buffer, pieces: Pieces, staging: Staging) -> None:
         super().__init__(peer, key, memory, pieces, staging)
         self.landed = 0
-        self.limit = self.count
         self.is_going = False  # whether the sender has begun
         self.is_stopped = False  # whether the sender has said that it sends no more than `limit`
         self.failure: Exception | None = None  # of a copy, found while the wire was read

@@ -320,6 +320,14 @@ def ends():
     made.close()
 
 
+@pytest.mark.parametrize("nbytes", [0, 1001, 2**63])
+def test_chunks_longer_than_were_asked_for_are_refused(ends, nbytes):
+    transfer, number = ends.receive(1)
+    ends.say(1, Note(Kind.GO, number, nbytes=nbytes))
+    with pytest.raises(TransferError, match="rank 1 is lost"):
+        transfer.wait(5)
+
+
 def chunk(number, index, nbytes):
     return Note(Kind.DATA, number, nbytes=nbytes, value=index)
 
@@ -339,13 +347,13 @@ LIES = {
 def test_a_lie_ends_the_liars_connection_alone(ends, lie):
     transfer, number = ends.receive(1)
     other, other_number = ends.receive(2)
-    ends.say(1, Note(Kind.GO, number), payload=LIES[lie](number))
+    ends.say(1, Note(Kind.GO, number, nbytes=1000), payload=LIES[lie](number))
     with pytest.raises(TransferError, match="rank 1 is lost"):
         transfer.wait(5)
     assert (ends.contents() == 0xEE).all(), "a byte was written before the check"
     for index, nbytes in enumerate((1000, 1000, 500)):
         ends.say(2, chunk(other_number, index, nbytes), payload=bytes([index]) * nbytes)
-    ends.say(2, Note(Kind.GO, other_number))
+    ends.say(2, Note(Kind.GO, other_number, nbytes=1000))
     other.wait(5)
     expected = np.repeat(np.arange(3, dtype=np.uint8), (1000, 1000, 500))
     assert np.array_equal(ends.contents()[100:2600], expected)
@@ -354,7 +362,7 @@ def test_a_lie_ends_the_liars_connection_alone(ends, lie):
 
 def test_a_chunk_that_comes_twice_is_refused(ends):
     transfer, number = ends.receive(1)
-    ends.say(1, Note(Kind.GO, number))
+    ends.say(1, Note(Kind.GO, number, nbytes=1000))
     for _ in range(2):
         ends.say(1, chunk(number, 0, 1000), payload=bytes(1000))
     with pytest.raises(TransferError, match="twice"):
@@ -371,7 +379,7 @@ def test_more_offers_than_allowed_are_refused(ends, monkeypatch):
 
 def test_a_connection_that_breaks_off_in_a_chunk_ends_the_message(ends):
     transfer, number = ends.receive(1)
-    ends.say(1, Note(Kind.GO, number), chunk(number, 0, 1000), payload=bytes(300))
+    ends.say(1, Note(Kind.GO, number, nbytes=1000), chunk(number, 0, 1000), payload=bytes(300))
     ends.far[1].close()
     with pytest.raises(TransferError, match="rank 1 is lost"):
         transfer.wait(5)
@@ -381,7 +389,7 @@ def test_a_connection_that_breaks_off_in_a_chunk_ends_the_message(ends):
 def test_a_rank_that_never_answers_a_cancel_is_given_up(ends, monkeypatch):
     monkeypatch.setattr(link, "WITHDRAW_S", 0.2)
     transfer, number = ends.receive(1)
-    ends.say(1, Note(Kind.GO, number))
+    ends.say(1, Note(Kind.GO, number, nbytes=1000))
     transfer.cancel()
     with pytest.raises(TransferError, match="cancelled"):
         transfer.wait(5)
