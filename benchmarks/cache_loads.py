@@ -8,6 +8,7 @@ from dejavu.kv import CacheSide, KVPool, RankCache, Resharding, RowMap, Selectio
 from dejavu.kv.steps import make_template
 from dejavu.kv.stream import LARGEST_KEY, Level, cut_messages
 from dejavu.transport.carrier import Carrier
+from dejavu.transport.link import LinkCarrier
 
 from .contents import Check
 from .message_loads import POST_DEADLINE_S, allocate, release
@@ -31,6 +32,7 @@ class CacheLoad:
         self.shape = shape
         self.direction = direction
         self.level = level
+        self.is_driven = isinstance(carrier, LinkCarrier)
         self.stream = world.device.create_stream("load")
         is_link = direction == "link"
         self.target_rank = 1 if is_link else 0

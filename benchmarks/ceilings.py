@@ -41,6 +41,7 @@ class Plain:
     num_pieces = 1
     num_copies = 1
     can_gate = False
+    is_driven = False
     arrival = -1
 
     def __init__(self, world: Any, nbytes: int, window: int) -> None:

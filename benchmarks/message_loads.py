@@ -4,6 +4,7 @@ from typing import Any
 
 from dejavu.device import Buffer, Device, Stream
 from dejavu.transport.carrier import Carrier, Gathering
+from dejavu.transport.link import LinkCarrier
 
 from .contents import Check
 from .shapes import Exchange
@@ -28,6 +29,7 @@ class MessageLoad:
         self.window = window
         self.nbytes = exchange.nbytes * (2 if direction == "both" else 1)
         self.num_pieces = len(exchange.source)
+        self.is_driven = isinstance(carrier, LinkCarrier)
         self.num_copies = self.num_pieces if carrier.gathering is Gathering.NAIVE else 2
         is_link = direction == "link"
         self.stream: Stream = world.device.create_stream("load")

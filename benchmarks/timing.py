@@ -40,6 +40,7 @@ class Load(Protocol):
     num_copies: int  # that one start queues on a stream
     window: int  # how many are under way together
     can_gate: bool
+    is_driven: bool  # by a thread of this process, whose interpreter a spinning waiter would hold
     arrival: int  # the rank that sees the bytes arrive
     stream: Stream
 
@@ -121,15 +122,15 @@ def run_round(world: World, load: Load, count: int) -> tuple[float, float]:
     if is_gated:
         world.gate.open()
     for item in (*early, *posted):
-        await_end(world.device, item)
+        await_end(world.device, item, spins=not load.is_driven)
     end_s = time.perf_counter()
     ranks = world.share(posted_s if is_gated else begin_s, end_s, (posted_s - begin_s) / count)
     return ranks[load.arrival][1] - ranks[0][0], ranks[0][2]
 
 
-def await_end(device: Device, item: Waitable) -> None:
+def await_end(device: Device, item: Waitable, *, spins: bool) -> None:
     """Wait as closely as the device allows: a CPU needs its cores for the copies, so there the waiter sleeps."""
-    if device.properties.kind == "cuda":
+    if spins and device.properties.kind == "cuda":
         end_s = time.perf_counter() + WAIT_S
         while not item.done and time.perf_counter() < end_s:
             time.sleep(0)  # lets other threads run, which may have to carry the transfer on

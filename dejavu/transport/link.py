@@ -76,6 +76,10 @@ class Wire(Closing):
     def wake(self) -> None:
         """End a nap; callable from any thread."""
 
+    def is_imminent(self) -> bool:
+        """Tell whether bytes travel now whose end only a look finds out."""
+        return False
+
     def began(self, parcel: Incoming, note: Note) -> None:
         """Take what a GO says about a message."""
 
@@ -135,7 +139,8 @@ class LinkProgress(Progress):
             self._wire.nap(self._wire.idle_nap_s)
             self._was_woken = True  # by something that may take more than one look to be seen
         elif idle_s > BUSY_S:
-            self._wire.nap(min(self._wire.longest_nap_s, max(SHORTEST_NAP_S, idle_s / 8)))
+            longest_s = SHORTEST_NAP_S if self._wire.is_imminent() else self._wire.longest_nap_s
+            self._wire.nap(min(longest_s, max(SHORTEST_NAP_S, idle_s / 8)))
         return True
 
     def _round(self) -> bool:

@@ -150,6 +150,11 @@ class NcclWire(MpiWire):
         self._in: dict[int, Path] = {}
         self._announced: dict[int, deque[tuple[Incoming, int]]] = {}
         self._ids: dict[int, tuple[MPI.Request, bytes]] = {}
+        self._num_launched = 0
+
+    def is_imminent(self) -> bool:
+        """Tell whether anything is launched: nothing wakes the thread when it ends."""
+        return self._num_launched > 0
 
     def began(self, parcel: Incoming, note: Note) -> None:
         """Note a chunk that is announced; the first GO of a message announces none."""
@@ -165,10 +170,11 @@ class NcclWire(MpiWire):
             return False
         launched, before = launched_of(parcel).chunks, (parcel.returned, parcel.sent)
         while launched and launched[0][0].query():
-            parcel.take_back(close_first(launched))
+            parcel.take_back(self._close_first(launched))
         while len(launched) < WINDOW and (loan := parcel.next()) is not None:
             self.post(parcel.peer, Note(Kind.GO, parcel.number, value=loan.index + 1))
             launched.append((path.send(loan.buffer), loan))
+            self._num_launched += 1
         return before != (parcel.returned, parcel.sent)
 
     def pull(self, parcel: Incoming) -> bool:
@@ -177,7 +183,7 @@ class NcclWire(MpiWire):
         has_launched = path is not None and self._launch(parcel.peer, path)
         launched, before = launched_of(parcel).chunks, len(launched_of(parcel).chunks)
         while launched and launched[0][0].query():
-            parcel.fill(close_first(launched))
+            parcel.fill(self._close_first(launched))
         return has_launched or len(launched) < before
 
     def abandon(self, parcel: Outgoing | Incoming) -> None:
@@ -185,7 +191,7 @@ class NcclWire(MpiWire):
         self.lose(parcel.peer, "it does not answer")
         launched = launched_of(parcel).chunks
         while launched:
-            parcel.release(close_first(launched))
+            parcel.release(self._close_first(launched))
 
     def lose(self, peer: int, reason: object) -> None:
         """Abort the peer's communicators."""
@@ -251,6 +257,13 @@ class NcclWire(MpiWire):
             return None
         return bytes(data)
 
+    def _close_first(self, launched: deque[tuple[Event, Loan]]) -> Loan:
+        """Take the first chunk off, and close its event."""
+        event, loan = launched.popleft()
+        event.close()
+        self._num_launched -= 1
+        return loan
+
     def _launch(self, peer: int, path: Path) -> bool:
         """Launch receives in the order of the GOs, as far as there is memory for them."""
         due, has_launched = self._announced.get(peer), False
@@ -261,6 +274,7 @@ class NcclWire(MpiWire):
                 break
             due.popleft()
             launched_of(parcel).chunks.append((path.receive(loan.buffer), loan))
+            self._num_launched += 1
             has_launched = True
         return has_launched
 
@@ -313,10 +327,3 @@ def launched_of(parcel: Outgoing | Incoming) -> Launched:
         parcel.wire = Launched()
     assert isinstance(parcel.wire, Launched)
     return parcel.wire
-
-
-def close_first(launched: deque[tuple[Event, Loan]]) -> Loan:
-    """Take the first chunk off, and close its event."""
-    event, loan = launched.popleft()
-    event.close()
-    return loan

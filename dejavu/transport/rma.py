@@ -13,9 +13,9 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from dejavu.device.base import Buffer, Device
+from dejavu.device.base import Buffer, Device, DeviceError
 from dejavu.device.cpu_copy import array_at
-from dejavu.transport.carrier import Gathering
+from dejavu.transport.carrier import Gathering, UnavailableError
 from dejavu.transport.link import LinkCarrier
 from dejavu.transport.mpi_wire import MpiWire, bytes_of
 from dejavu.transport.notes import Kind, Note
@@ -81,7 +81,7 @@ class WindowWire(MpiWire):
         self.window.Set_errhandler(MPI.ERRORS_RETURN)
         self.bytes: NDArray[np.uint8] = array_at(int(self.window.Get_attr(MPI.WIN_BASE) or 0), (self.layout.nbytes,))
         self.bytes[: self.layout.data] = 0
-        self.memory = register(device, self.bytes)
+        self.memory = self._register(device)
         self.window.Lock_all(MPI.MODE_NOCHECK)
         self.comm.Barrier()
         self._free_lanes = list(range(NUM_LANES))
@@ -146,6 +146,24 @@ class WindowWire(MpiWire):
         del self.bytes
         self.window.Free()
         super().free()
+
+    def _register(self, device: Device) -> Buffer:
+        """Pin the window. Raises UnavailableError, on every rank, where one cannot."""
+        memory, reason = None, None
+        try:
+            memory = register(device, self.bytes)
+        except DeviceError as error:
+            reason = str(error)
+        for rank, failure in enumerate(self.comm.allgather(reason)):
+            if failure is not None:
+                if memory is not None:
+                    memory.close()
+                raise UnavailableError(
+                    f"rma is unavailable: rank {rank} cannot pin MPI's window ({failure}): "
+                    "let osc_sm_backing_directory name a directory in memory, such as /dev/shm"
+                )
+        assert memory is not None
+        return memory
 
     def _grant(self, parcel: Incoming) -> Lease | None:
         if not self._free_lanes or not parcel.limit:

@@ -44,7 +44,7 @@ def test_tensors_lie_where_their_memory_does(devices, current, kind, index):
             assert int(host.tensor().sum()) == 7 * (NBYTES - 512)
 
 
-def test_imported_memory_stays_on_its_own_device(devices, current):
+def test_imported_memory_belongs_to_the_device_that_maps_it(devices, current):
     first, second = devices
     with first.allocate_exportable(NBYTES) as own:
         fd = own.export_fd()
@@ -52,6 +52,6 @@ def test_imported_memory_stays_on_its_own_device(devices, current):
             os.close(fd)
             second.fill(there, 9, stream=stream)
             stream.synchronize(10)
-            assert there.tensor().device == torch.device("cuda", 0)
+            assert there.tensor().device == torch.device("cuda", 1)
             assert int(own.tensor().sum(dtype=torch.int64)) == 9 * NBYTES
             assert int(there.tensor().sum(dtype=torch.int64)) == 9 * NBYTES

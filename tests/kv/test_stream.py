@@ -97,7 +97,7 @@ def run(command, directory, num_ranks):
         except subprocess.TimeoutExpired:
             process.terminate()
             process.wait(10)
-    return log.read_text()
+    return f"{log.read_text()}\nmpirun ended with {process.returncode}"
 
 
 @pytest.fixture(scope="module")

@@ -35,27 +35,28 @@ class Pair:
     def start(self, name, kind):
         arguments = ["-m", "tests.transport.rank", name, kind, str(self.directory / "line"), str(self.directory)]
         if CARRIERS[name].start == "mpirun":
-            self.launch([*MPIRUN.split(), sys.executable, *arguments], "ranks")
+            self.launch([*MPIRUN.split(), sys.executable, *arguments], "ranks", kind)
         else:
             for rank in "01":
-                self.launch([sys.executable, *arguments, rank], rank)
+                self.launch([sys.executable, *arguments, rank], rank, kind)
         self.listener._listener._socket.settimeout(START_S)
         for _ in range(2):
             line = self.listener.accept()
             self.lines[line.recv()[1]] = line
         assert self.collect("ready", START_S) == {0: None, 1: None}, self.output()
 
-    def launch(self, command, label):
+    def launch(self, command, label, kind):
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_"))}
         environment |= {
             "TMPDIR": str(self.directory / "tmp"),
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "OMPI_MCA_btl_sm_backing_directory": str(self.directory / "tmp"),  # a killed rank leaves its segment
-            "OMPI_MCA_osc_sm_backing_directory": str(self.directory / "tmp"),
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
         }
+        if kind == "cpu":  # memory of a file on a disk cannot be pinned
+            environment["OMPI_MCA_osc_sm_backing_directory"] = str(self.directory / "tmp")
         with (self.directory / f"{label}.log").open("wb") as log:
             self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
 
