@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from dejavu.config import PipelineShape, ServeConfig, make_config
+from dejavu.engine.sizing import ITEM_BYTES
 from dejavu.measure.records import StepRecord
+from dejavu.model.table import MODELS
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.result import Result
-from dejavu.planning.setup import PipelineSetup, Setup
+from dejavu.planning.setup import PipelineSetup, Setup, Swap
 from dejavu.planning.simulator import simulate
 from dejavu.planning.times import FixedTimes
 from dejavu.request import Completion, Request, SamplingParams
@@ -41,6 +43,8 @@ class Case:
         return make_config({"synthetic": times_ms, "row_len": ROW_LEN, "num_requests": 1, **self.keys})
 
 
+SWAPPED = {"model": "opt-13b", "load_format": "dummy", "num_microbatches": 4, "swap": True}
+
 CASES = (
     Case("pp1", {"pp": 1, "microbatch_size": 4}),
     Case("pp1-microbatches-poisson", {"pp": 1, "num_microbatches": 3, "microbatch_size": 2}, load=0.7),
@@ -61,11 +65,12 @@ CASES = (
         {"prompt_pp": 1, "token_pp": 2, "microbatch_size": 3, "prompt_microbatch_size": 2},
         load=0.7,
     ),
+    Case("pp3-swapped", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "4G"}),
+    Case("pp3-swapped-slow-link", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "1G"}),
 )
 
 WAIVED = {
     "recovery": "waived: the engine has no recovery yet; the simulator's is checked by hand in tests/planning",
-    "swapping": "waived: the engine has no swapping yet; the simulator's is checked by hand in tests/planning",
 }
 
 
@@ -155,7 +160,18 @@ def pipeline(config: ServeConfig, shape: PipelineShape, times: FixedTimes, hop_s
         prompt_chunk=config.prompt_chunk,
         max_prompt_tokens=config.max_prompt_tokens,
         hop_s=hop_s,
+        swap=swap_of(config, shape),
     )
+
+
+def swap_of(config: ServeConfig, shape: PipelineShape) -> Swap | None:
+    """Describe the swapping of a pipeline to the simulator."""
+    if not config.resident_of(shape):
+        return None
+    assert config.synthetic_link
+    spec = MODELS[config.model]
+    layers = -(-spec.num_layers // shape.pp)
+    return Swap(spec.kv_bytes_per_token(ITEM_BYTES[spec.dtype], layers, shape.tp), config.synthetic_link)
 
 
 def make_requests(lengths: Sequence[Lengths]) -> list[Request]:
@@ -236,8 +252,8 @@ def turns_s(steps: Sequence[StepRecord]) -> list[float]:
 
 
 def own_s(steps: Sequence[StepRecord]) -> float:
-    """Give how long stages themselves were at a pass, in the mean."""
-    return mean(step.end_s - step.start_s for step in steps)
+    """Give how long stages themselves were at a pass, in the mean, without waiting for swapped KV."""
+    return mean(step.end_s - step.start_s - step.swap_stall_ms / 1e3 for step in steps)
 
 
 def compare(result: Result, completions: Sequence[Completion]) -> dict[str, float]:

@@ -256,6 +256,7 @@ def make_swap(site: Site, stack: ExitStack) -> SwappedMemory:
     device.fill(memory, 0, stream=device.compute_stream)
     kept = stack.enter_context(take_pool(site.vault, device, site.placement, whole.layout, Location.HOST)[0])
     host = KVPool(device, whole, make_rows(site), dtype_of(setup), memory=kept)
+    device.synchronize()
     mover = SwapMover(device, books, PoolLink(device, layout, memory, host.memory), device.compute_stream)
     tensor = memory.view(0, layout.total_bytes).tensor(dtype_of(setup), layout.shape)
     return SwappedMemory(stack.enter_context(closing(mover)), tensor, host)

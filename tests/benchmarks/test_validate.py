@@ -114,7 +114,7 @@ def test_a_small_run(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert [row["configuration"] for row in rows] == ["pp2", "recovery", "swapping"]
+    assert [row["configuration"] for row in rows] == ["pp2", "recovery"]
     assert (rows[0]["requests"], rows[0]["wrong"]) == (3, 0)
     assert rows[0]["predicted_requests_per_s"] == pytest.approx(rows[0]["requests_per_s"], rel=0.5)
     assert all(row["requests"] is None and row["note"].startswith("waived") for row in rows[1:])

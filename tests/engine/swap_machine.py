@@ -6,11 +6,12 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from dejavu.device import open_device
-from dejavu.device.base import Device, Stream
+from dejavu.device.base import Stream
 from dejavu.device.cpu_stream import CpuStream
 from dejavu.engine.messages import Admission, RowWork, Work
 from dejavu.engine.residency import Residency
@@ -61,6 +62,15 @@ class Row:
         return len(request.prompt_token_ids) + request.sampling.max_tokens - 1 - len(self.tokens)
 
 
+def pause(stream: Stream, seconds: float) -> None:
+    """Let a stream stand still."""
+    if isinstance(stream, CpuStream):
+        stream.submit(lambda: time.sleep(seconds))
+        return
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream.handle)):
+        torch.cuda._sleep(int(seconds * 1.5e9))  # cycles, about
+
+
 class LateLink(PoolLink):
     """Copy a little later than asked for, so that what does not wait for it is seen."""
 
@@ -71,31 +81,31 @@ class LateLink(PoolLink):
 
     def carry(self, direction: Direction, parts: Sequence[Part], stream: Stream) -> None:
         """Sleep in the stream, then copy."""
-        assert isinstance(stream, CpuStream)
-        seconds = self.random.random() * self.most_ms / 1e3
-        stream.submit(lambda: time.sleep(seconds))
+        pause(stream, self.random.random() * self.most_ms / 1e3)
         super().carry(direction, parts, stream)
 
 
 @dataclass
 class SwappingRank:
-    """Feed passes to a `SwapMover` with pools of its own; compute runs in the calling thread, or on a stream."""
+    """Feed passes to a `SwapMover` with pools of its own; compute runs in the calling thread, or on a stream.
+
+    On a GPU it runs on torch's current stream.
+    """
 
     shape: Shape
     is_queued: bool
+    kind: Literal["cpu", "cuda"] = "cpu"
     late_ms: float = 0.5
     compute_ms: float = 0.5  # at most, where it is queued
-    device: Device = field(default_factory=lambda: open_device("cpu"))
     rows: dict[tuple[int, int], Row] = field(default_factory=dict)
     seated: list[Admission] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
     new_tokens: int = 0
     serial: int = 0
     random: random.Random = field(default_factory=lambda: random.Random(6))
 
     def __post_init__(self) -> None:
-        shape = self.shape
+        shape, self.device = self.shape, open_device(self.kind)
         num_rows = shape.num_microbatches * shape.microbatch_size
         self.layout = shape.layout(num_rows)
         device_layout = shape.layout(shape.resident * shape.microbatch_size)
@@ -103,7 +113,9 @@ class SwappingRank:
         self.host = self.device.allocate_host_exportable(self.layout.total_bytes)
         self.pool = self.memory.tensor(torch.float32, device_layout.shape)
         self.host_pool = self.host.tensor(torch.float32, self.layout.shape)
-        self.stream = self.device.create_stream("compute") if self.is_queued else self.device.compute_stream
+        own_stream = self.is_queued and self.kind == "cpu"
+        self.stream = self.device.create_stream("compute") if own_stream else self.device.compute_stream
+        self.num_wrong = torch.zeros((), dtype=torch.int64, device=self.device.torch_device)
         link = LateLink(self.device, self.layout, self.memory, self.host, most_ms=self.late_ms)
         books = Residency(shape.num_microbatches, shape.microbatch_size, shape.blocks_per_row, shape.resident)
         self.mover = SwapMover(self.device, books, link, self.stream)
@@ -169,22 +181,24 @@ class SwappingRank:
         row.tokens = torch.cat([before, new])
 
         def work() -> None:
-            time.sleep(self.random.random() * self.compute_ms / 1e3 if self.is_queued else 0)
             found = take(self.pool, blocks, len(before))
-            if not torch.equal(found, before):
-                self.wrong.append(f"row {index} of microbatch {microbatch}: {len(before)} tokens")
+            self.num_wrong += (found != before.to(found.device)).sum()
             put(self.pool, blocks, len(before), new)
 
-        assert isinstance(self.stream, CpuStream)
-        self.stream.submit(work)
+        if self.is_queued:
+            pause(self.stream, self.random.random() * self.compute_ms / 1e3)
+        if isinstance(self.stream, CpuStream):
+            self.stream.submit(work)
+        else:
+            work()
 
-    def check_host(self) -> None:
-        """Compare host memory, when all is flushed, with what it should hold."""
+    def check(self) -> None:
+        """Make sure that passes have read what they should, and that host memory holds it when all is flushed."""
         self.mover.settle()
+        assert int(self.num_wrong) == 0
         for place, row in self.rows.items():
             if not torch.equal(take(self.host_pool, row.admission.blocks, len(row.tokens)), row.tokens):
-                self.wrong.append(f"host memory of row {place}")
-        assert self.wrong == []
+                raise AssertionError(f"host memory of row {place}")
 
     def moved_bytes(self, direction: Direction) -> int:
         """Add up what has moved."""
@@ -193,18 +207,48 @@ class SwappingRank:
     def close(self) -> None:
         """Give everything back."""
         self.mover.close()
+        del self.pool, self.host_pool
+        self.memory.close()
+        self.host.close()
         self.device.close()
 
 
 def take(pool: torch.Tensor, blocks: Sequence[int], count: int) -> torch.Tensor:
-    """Read a row's first tokens one by one: [tokens, layers, 2, heads, head_dim]."""
-    size = pool.shape[3]
-    tokens = [pool[blocks[t // size], :, :, t % size] for t in range(count)]
-    return torch.stack(tokens) if tokens else torch.empty(0, *pool.shape[1:3], *pool.shape[4:])
+    """Read a row's first tokens, each where its block is: [tokens, layers, 2, heads, head_dim]."""
+    block, place = places(pool, blocks, 0, count)
+    return pool[block, :, :, place]
 
 
 def put(pool: torch.Tensor, blocks: Sequence[int], start: int, tokens: torch.Tensor) -> None:
-    """Write a row's tokens from `start` on one by one."""
-    size = pool.shape[3]
-    for t, token in enumerate(tokens, start):
-        pool[blocks[t // size], :, :, t % size] = token
+    """Write a row's tokens from `start` on, each where its block is."""
+    block, place = places(pool, blocks, start, start + len(tokens))
+    pool[block, :, :, place] = tokens.to(pool.device)
+
+
+def places(pool: torch.Tensor, blocks: Sequence[int], start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the block, and the place in it, of each token."""
+    positions, size = torch.arange(start, stop, device=pool.device), pool.shape[3]
+    return torch.tensor(list(blocks), device=pool.device)[positions // size], positions % size
+
+
+def run_at_random(rank: SwappingRank, seed: int, turns: int) -> None:
+    """Admit, cancel and hand over requests, and take passes, by chance."""
+    chance, shape = random.Random(seed), rank.shape
+    for _ in range(turns):
+        for place in [(m, r) for m in range(shape.num_microbatches) for r in range(shape.microbatch_size)]:
+            if place in rank.rows and chance.random() < 0.03:
+                rank.free(place)
+            elif place not in rank.rows and chance.random() < 0.5:
+                prompt = chance.randint(1, shape.row_len - 1)
+                output = chance.randint(2, shape.row_len - prompt + 1)
+                rank.admit(*place, prompt, output, handed_over=chance.random() < 0.5)
+        order = list(range(shape.num_microbatches))
+        if chance.random() < 0.3:
+            chance.shuffle(order)
+        for microbatch in order:
+            rows = {r: row for (m, r), row in rank.rows.items() if m == microbatch}
+            chunk = chance.choice((0, 0, 2))
+            prompts = {r: min(row.prompt_left, chunk or row.prompt_left) for r, row in rows.items() if row.prompt_left}
+            steps = {r: 1 for r in rows if r not in prompts}
+            if new := prompts | steps if chunk else prompts or steps:
+                rank.run(microbatch, new)
