@@ -52,9 +52,12 @@ COLUMNS = {
 @click.option("--ttft", "ttft_ms", type=float, help="Limit of the time to the first token, ms: plan for goodput.")
 @click.option("--tpot", "tpot_ms", type=float, help="Limit of the time per later token, ms: plan for goodput.")
 @click.option("--paper", is_flag=True, help="Give the paper's closed form.")
+@click.option("--swap", is_flag=True, help="Say whether swapping pays in a pipeline of --devices stages.")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory for plan.csv and best.yaml.")
 def command(**options: Any) -> int:
     """Run the command."""
+    if options["swap"]:
+        return plan_swapping(options)
     return plan_by_paper(options) if options["paper"] else search(options)
 
 
@@ -104,6 +107,42 @@ def plan_by_paper(options: dict[str, Any]) -> int:
     return finish([row], options["out"])
 
 
+def plan_swapping(options: dict[str, Any]) -> int:
+    """Say whether swapping pays in one fixed memory, which holds --batch rows of each stage's microbatch without."""
+    from dejavu.planning.planner import GB
+    from dejavu.planning.swapping import SwapCase
+
+    profile = read_profile(options["profile"])
+    if profile and not options["model"]:
+        options = options | {"model": profile.model}
+    shape, stages, batch = make_shape(options), options["devices"], default_batch(options)
+    if not 3 <= stages <= shape.num_layers:
+        raise UsageError(f"{stages} stages cannot swap: give 3 to {shape.num_layers} --devices, of which two fit")
+    larger, host_gbps = stages * batch // 2, host_link(options, profile)
+    if not host_gbps:
+        raise UsageError("--host-gbps is missing: swapping depends on the host link's bandwidth")
+    token = make_times(options, profile, shape.num_layers).stage(stages, 1)
+    prompt_len, output_len = options["prompt_len"], options["output_len"]
+    case = SwapCase(
+        prompt_len,
+        output_len,
+        larger,
+        token.token_s(larger, prompt_len + output_len / 2),
+        shape.kv_bytes_per_token(stages, 1, profile.dtype_bytes if profile else options["dtype_bytes"]),
+        host_gbps * GB,
+        larger / batch,
+    )
+    console = Console()
+    console.print(row_table(case.row(), f"swapping in a pipeline of {stages} stages"))
+    console.print(case.verdict())
+    return finish([case.row()], options["out"])
+
+
+def host_link(options: dict[str, Any], profile: Any) -> float:
+    """Give the host link's bandwidth in GB/s, as given or as the profile has it; 0 where nobody knows."""
+    return float(options["host_gbps"] or (profile.bandwidths_gbps.get("host", 0.0) if profile else 0.0))
+
+
 def default_batch(options: dict[str, Any]) -> int:
     """Give the batch that times are of."""
     return 8 if options["batch"] is None else int(options["batch"])
@@ -126,10 +165,7 @@ def search(options: dict[str, Any]) -> int:
     console.print(rows_table(rows, COLUMNS, title))
     for verdict in found.verdicts:
         console.print(verdict)
-    if found.best.layout.swap:
-        instead = "best.yaml is the best layout without" if found.servable else "there is no best.yaml"
-        console.print(f"the best layout swaps, which `dejavu serve` does not support yet: {instead}")
-    return finish(rows, options["out"], found.servable, options["model"])
+    return finish(rows, options["out"], found.best.layout, options["model"])
 
 
 def make_task(options: dict[str, Any], profile: Any) -> Any:
@@ -140,11 +176,10 @@ def make_task(options: dict[str, Any], profile: Any) -> Any:
     if options["memory_gb"] is None and profile and profile.memory_bytes:
         options = options | {"memory_gb": profile.memory_bytes / GB}
     needed(options, "memory_gb")
-    host_gbps = options["host_gbps"] or (profile.bandwidths_gbps.get("host", 0.0) if profile else 0.0)
     batch = {"batches": (options["batch"],)} if options["batch"] else {}
     return Task(
         shape,
-        Machine(options["devices"], options["memory_gb"] * GB, host_gbps * GB),
+        Machine(options["devices"], options["memory_gb"] * GB, host_link(options, profile) * GB),
         make_times(options, profile, shape.num_layers),
         make_requests(options),
         profile.dtype_bytes if profile else options["dtype_bytes"],

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from dejavu.errors import CapacityError, ConfigError, UsageError
+from dejavu.errors import CapacityError, ConfigError
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.profile import Profile, ProfileTimes
 from dejavu.planning.result import Result
@@ -202,12 +202,6 @@ class Plan:
         """Give the layout to use."""
         return self.ranked[0]
 
-    @property
-    def servable(self) -> Layout | None:
-        """Give the best layout that `dejavu serve` supports: one that fits without swapping."""
-        fitting = (scored.layout for scored in self.ranked if scored.result is not None and not scored.layout.swap)
-        return next(fitting, None)
-
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -354,19 +348,10 @@ def compare(name: str, with_it: Scored | None, without: Scored | None, misfits: 
         yield f"{name} does not pay: {with_it.score / max(without.score, 1e-300):.2f} times the best layout without it"
 
 
-def swapping_pays(output_len: int, token_s: float, batch: int, bytes_per_token: float, bandwidth: float) -> bool:
-    """Tell whether 2·N·t ≥ Σ max(t, i·B·C/bandwidth) over the N steps: the fetches fit under twice the compute."""
-    check_times(token_s=token_s, bytes_per_token=bytes_per_token)
-    steps = (max(token_s, i * batch * bytes_per_token / bandwidth) for i in range(1, output_len + 1))
-    return 2 * output_len * token_s >= sum(steps)
-
-
 def serve_profile(layout: Layout, model: str | None = None) -> dict[str, Any]:
-    """Give the keys of the profile YAML with which `dejavu serve` uses a layout; raise UsageError for swapping."""
-    if layout.swap:
-        raise UsageError("the layout swaps, which serving does not support yet: give more memory or a lower --batch")
+    """Give the keys of the profile YAML with which `dejavu serve` uses a layout."""
     keys: dict[str, Any] = {} if model is None else {"model": model}
-    keys |= {"tp": layout.tp, "microbatch_size": layout.batch}
+    keys |= {"tp": layout.tp, "microbatch_size": layout.batch} | ({"swap": True} if layout.swap else {})
     if layout.prompt_stages:
         return keys | {"prompt_pp": layout.prompt_stages, "token_pp": layout.stages}
     return keys | {"pp": layout.stages} | ({"dp": layout.replicas} if layout.replicas > 1 else {})

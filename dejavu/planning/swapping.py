@@ -35,20 +35,20 @@ class SwapCase:
         """Give the time of the fetch of a microbatch with `context` tokens in each row."""
         return context * self.batch * self.bytes_per_token / self.bandwidth
 
-    def steps_s(self, prompt_len: int) -> float:
-        """Give the time of all steps, each as long as its compute or its fetch."""
-        steps = range(1, self.output_len + 1)
-        return sum(max(self.token_s, self.fetch_s(prompt_len + i)) for i in steps)
-
     @property
     def pays_by_formula(self) -> bool:
-        """Tell whether factor·N·t ≥ Σ max(t, i·B·C/bandwidth), i over the N steps: the KV of prompts is not counted."""
-        return self.factor * self.output_len * self.token_s >= self.steps_s(0)
+        """Tell whether the paper's 2·N·t ≥ Σ max(t, i·B·C/bandwidth) holds, i over the N steps: without prompts."""
+        return swapping_pays(self.output_len, self.token_s, self.batch, self.bytes_per_token, self.bandwidth)
+
+    def steps_s(self) -> float:
+        """Give the time of all steps, each as long as its compute or its fetch."""
+        contexts = range(self.prompt_len + 1, self.prompt_len + self.output_len + 1)
+        return sum(max(self.token_s, self.fetch_s(context)) for context in contexts)
 
     @property
     def speedup(self) -> float:
-        """Give how much faster token steps are through with swapping, the KV of prompts counted."""
-        return self.factor * self.output_len * self.token_s / self.steps_s(self.prompt_len) if self.token_s else 0.0
+        """Give how much faster token steps are through with swapping: factor·N·t over their time, prompts counted."""
+        return self.factor * self.output_len * self.token_s / self.steps_s() if self.token_s else 0.0
 
     @property
     def pays(self) -> bool:
@@ -79,3 +79,10 @@ class SwapCase:
             f"or wait for them, {self.batch} rows a microbatch in place of {self.batch / self.factor:.3g}: "
             f"{self.speedup:.2f} times the speed without"
         )
+
+
+def swapping_pays(output_len: int, token_s: float, batch: int, bytes_per_token: float, bandwidth: float) -> bool:
+    """Tell whether 2·N·t ≥ Σ max(t, i·B·C/bandwidth) over the N steps: the fetches fit under twice the compute."""
+    check_times(token_s=token_s, bytes_per_token=bytes_per_token)
+    steps = (max(token_s, i * batch * bytes_per_token / bandwidth) for i in range(1, output_len + 1))
+    return 2 * output_len * token_s >= sum(steps)

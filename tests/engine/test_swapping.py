@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from dejavu.device import num_cuda_devices
 from tests.engine.swap_machine import Shape, SwappingRank, pause, run_at_random
 
 SHAPES = st.builds(
@@ -135,6 +136,8 @@ def test_what_is_resident_is_not_fetched():
     "shape", [Shape(4, 3, 2, 4, 3), Shape(3, 2, 1, 12, 1), Shape(5, 1, 3, 3, 2), Shape(2, 2, 2, 1, 9)], ids=str
 )
 def test_any_schedule(kind, shape):
+    if kind == "cuda" and num_cuda_devices() == 0:
+        pytest.skip("no CUDA device, or no cuda-python")
     rank = SwappingRank(shape, is_queued=True, kind=kind, late_ms=0.3, compute_ms=0.3)
     run_at_random(rank, seed=3, turns=12 if kind == "cpu" else 150)
     rank.check()

@@ -6,7 +6,7 @@ import pytest
 
 from dejavu.errors import CapacityError, UsageError
 from dejavu.planning.paper import PaperInputs, colocated_ms, disaggregation_pays, plan_paper
-from dejavu.planning.planner import swapping_pays
+from dejavu.planning.swapping import swapping_pays
 
 CASE = PaperInputs(
     devices=4,

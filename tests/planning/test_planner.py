@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dejavu.config import make_config
-from dejavu.errors import CapacityError, ConfigError, TopologyError, UsageError
+from dejavu.errors import CapacityError, ConfigError, TopologyError
 from dejavu.model.table import MODELS
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.planner import (
@@ -131,15 +131,13 @@ def test_plans_are_profiles_that_serve_takes():
         assert config.num_handover_rows == layout.handover_rows  # what both take where nobody says
 
 
-def test_no_profile_swaps():
-    with pytest.raises(UsageError, match="swaps, which serving does not support yet"):
-        serve_profile(Layout(4, batch=2, swap=True))
+def test_plans_that_swap_are_profiles_that_serve_takes():
     need = needed_bytes(TASK, Layout(4, batch=4, swap=True))
     found = plan(replace(TASK, machine=Machine(4, need, 1e12)))
     assert found.best.layout.swap
-    assert found.servable is not None
-    assert not found.servable.swap
-    assert misfit(replace(TASK, machine=Machine(4, need, 1e12)), found.servable) == ""
+    config = make_config(serve_profile(found.best.layout))
+    assert config.swap
+    assert config.resident_of(config.pipeline_shapes[-1]) == 2
 
 
 # -- profiles ----------------------------------------------------------------------------------------------------------
