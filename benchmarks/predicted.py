@@ -66,7 +66,7 @@ CASES = (
         load=0.7,
     ),
     Case("pp3-swapped", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "4G"}),
-    Case("pp3-swapped-slow-link", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "1G"}),
+    Case("pp3-swapped-slow-link", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "700M"}),
 )
 
 WAIVED = {

@@ -7,8 +7,9 @@ before and after, on a configuration of their own, and are the same for all conf
 token pass took beyond its given time, in the mean of the very run, since it changes with whatever else the machine
 does; prompts have their own, likewise. Of when passes begin, or requests get rows or tokens, the simulator is told
 nothing. Differences are of the prediction, in percent of what was measured; `within` says whether throughput is within
-3 % and the 95th percentile of normalized latency within 5 %, with swapping both within 10 %. `wrong` counts tokens that were not what the synthetic
-stages make. The engines run one after the other in one job, on as many of its ranks as each needs.
+3 % and the 95th percentile of normalized latency within 5 %, with swapping both within 10 %. `wrong` counts tokens that
+were not what the synthetic stages make. The engines run one after the other in one job, on as many of its ranks as each
+needs.
 """
 
 from dataclasses import dataclass, replace
