@@ -17,7 +17,7 @@ import rich_click as click
 
 from dejavu.errors import UsageError
 
-from .driver import Row, finish, open_run_directory, run_ranks
+from .driver import Row, finish, open_run_directory, run_ranks, shown
 from .generate import numbers
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ Work = Callable[["Tensor"], None]
 @click.option("--sum-kib", default=SUM_KIB, show_default=True, help="Sizes of sums, KiB.")
 @click.option("--hop-kib", default=HOP_KIB, show_default=True, help="Sizes of hidden states handed over, KiB.")
 @click.option("--repeats", default=7, show_default=True, type=click.IntRange(1), help="Repeats; the median counts.")
+@click.option("--verbose", is_flag=True, help="Print each row as it is measured.")
 @click.option("--out", help="The run directory.")
 @click.pass_context
 def command(context: click.Context, /, out: str | None, **options: Any) -> int:
@@ -61,8 +62,8 @@ def run_rank(sum_sizes: list[int], hop_sizes: list[int], options: Row, out: str 
     torch.set_num_threads(1)
     with choose_device(options["device"], MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).rank) as device:
         world = RankWorld(device, comm)
-        rows, notes = measure_sums(world, sum_sizes, options["repeats"])
-        rows += measure_hops(world, hop_sizes, options["repeats"])
+        rows, notes = measure_sums(world, sum_sizes, options)
+        rows += measure_hops(world, hop_sizes, options)
         code = publish(world, rows, notes, options, out) if comm.rank == 0 else 0
         world.share()
         world.close()
@@ -77,10 +78,16 @@ def publish(world: "RankWorld", rows: list[Row], notes: list[str], options: Row,
     return finish(directory, "groups", rows, options, notes=notes, error=error, device=world.device.properties.name)
 
 
+def tell(world: "RankWorld", row: Row, options: Row) -> None:
+    """Print a row as it is measured, where that is wanted."""
+    if options["verbose"] and world.rank == 0:
+        click.echo(", ".join(f"{name} {shown(value)}" for name, value in row.items()))
+
+
 # Sums
 
 
-def measure_sums(world: "RankWorld", sizes: list[int], repeats: int) -> tuple[list[Row], list[str]]:
+def measure_sums(world: "RankWorld", sizes: list[int], options: Row) -> tuple[list[Row], list[str]]:
     """Time every way at every size; also say what the library chooses here."""
     rows = []
     with ExitStack() as held:
@@ -88,10 +95,11 @@ def measure_sums(world: "RankWorld", sizes: list[int], repeats: int) -> tuple[li
         ceiling = CopyCeiling(world, max(sizes))
         held.callback(ceiling.close)
         for nbytes in sizes:
-            copy_us = ceiling.measure(nbytes, repeats)
+            copy_us = ceiling.measure(nbytes, options["repeats"])
             for way, (work, most_bytes) in ways.items():
                 if nbytes <= most_bytes:
-                    rows.append(measure_sum(world, way, work, nbytes, copy_us, repeats))
+                    rows.append(measure_sum(world, way, work, nbytes, copy_us, options["repeats"]))
+                    tell(world, rows[-1], options)
     return rows, notes
 
 
@@ -294,7 +302,7 @@ class CopyCeiling:
 # Hops
 
 
-def measure_hops(world: "RankWorld", sizes: list[int], repeats: int) -> list[Row]:
+def measure_hops(world: "RankWorld", sizes: list[int], options: Row) -> list[Row]:
     """Time hidden states that ranks 0 and 1 hand each other."""
     from mpi4py import MPI
 
@@ -307,7 +315,9 @@ def measure_hops(world: "RankWorld", sizes: list[int], repeats: int) -> list[Row
     rows = []
     with ExitStack() as held:
         for way, echo in open_hops(pair, held, max(sizes)):
-            rows += [measure_hop(pair, way, echo, nbytes, repeats) for nbytes in sizes]
+            for nbytes in sizes:
+                rows.append(measure_hop(pair, way, echo, nbytes, options["repeats"]))
+                tell(pair, rows[-1], options)
     pair.close()
     return rows
 

@@ -9,6 +9,7 @@ BENCHMARKS = {
     "generate": "Time token generation beside another implementation.",
     "microbench": "Measure KV streaming over every carrier against a plain copy.",
     "calibrate": "Measure what copies fastest here, for the library to choose by.",
+    "profile": "Time prompts and token steps against the roofline, for planning.",
     "groups": "Time sums over a tensor group, and the hand-over between stages.",
     "overhead": "Measure what KV streaming costs serving steps, at each level.",
     "reproduce": "Do the paper's figures again, ours beside the paper's.",
