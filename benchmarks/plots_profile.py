@@ -20,7 +20,7 @@ def plot_passes(rows: Sequence[Row], path: Path, title: str) -> None:
         (tokens, "token", "ms", "token step, ms"),
         (ratios, "prompt", "token_steps", "token steps in the time of a prompt pass"),
     ):
-        draw(axes, [row for row in rows if row["pass"] == kind], column)
+        draw(axes, [row for row in rows if row["kind"] == kind], column)
         axes.set_xlabel("tokens of a row")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)

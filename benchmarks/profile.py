@@ -42,6 +42,7 @@ DEFAULTS = {
 @click.option("--tp", "degrees", default="1", show_default=True, help="Tensor degrees, such as 1,2.")
 @click.option("--batch", "batches", help="Rows of a pass, such as 1,8,32.")
 @click.option("--length", "lengths", help="Tokens of prompts, and in the cache at token steps, such as 128,512.")
+@click.option("--threads", default=0, show_default=True, help="CPU threads of a rank; 0 shares the cores.")
 @click.option("--max-tokens", default=8192, show_default=True, help="Longer prompt passes, in all rows, are left out.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Repeats; the median counts.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare logits with a float32 reference.")
@@ -123,7 +124,7 @@ def measure(world: Any, degrees: Sequence[int], options: Row) -> tuple[list[Row]
         if comm == MPI.COMM_NULL:
             rest_until_done(world)
             continue
-        torch.set_num_threads(threads_of(tp))
+        torch.set_num_threads(options["threads"] or threads_of(tp))
         with ExitStack() as stack, own_stream(world.device):
             rows += measure_degree(open_group(world.device, comm, stack), resolved, options)
         if world.rank == 0:
@@ -185,7 +186,7 @@ def make_row(runs: "Runs", ceilings: "Ceilings", case: tuple[str, int, int], tim
     work = (prompt_work if kind == "prompt" else token_work)(size, batch, length)
     seconds = times.median_s
     return {
-        "pass": kind,
+        "kind": kind,
         "length": length,
         "batch": batch,
         "tp": stage.shard.tp_size,
@@ -207,9 +208,9 @@ def make_row(runs: "Runs", ceilings: "Ceilings", case: tuple[str, int, int], tim
 
 def with_ratios(rows: list[Row]) -> list[Row]:
     """Add to every prompt pass how many token steps of the same length and batch take as long: the paper's Y / t."""
-    token_ms = {(row["length"], row["batch"]): row["ms"] for row in rows if row["pass"] == "token"}
+    token_ms = {(row["length"], row["batch"]): row["ms"] for row in rows if row["kind"] == "token"}
     return [
-        row | {"token_steps": row["ms"] / token_ms[row["length"], row["batch"]] if row["pass"] == "prompt" else None}
+        row | {"token_steps": row["ms"] / token_ms[row["length"], row["batch"]] if row["kind"] == "prompt" else None}
         for row in rows
     ]
 
@@ -304,10 +305,10 @@ def make_profile(device: Any, rows: Sequence[Row], num_layers: int, options: Row
         date=date.today().isoformat(),
         num_layers=num_layers,
         prompt=tuple(
-            PromptTime(row["length"], row["batch"], row["tp"], row["ms"]) for row in rows if row["pass"] == "prompt"
+            PromptTime(row["length"], row["batch"], row["tp"], row["ms"]) for row in rows if row["kind"] == "prompt"
         ),
         token=tuple(
-            TokenTime(row["length"], row["batch"], row["tp"], row["ms"]) for row in rows if row["pass"] == "token"
+            TokenTime(row["length"], row["batch"], row["tp"], row["ms"]) for row in rows if row["kind"] == "token"
         ),
         dtype_bytes=getattr(torch, options["dtype"]).itemsize,
         memory_bytes=device.properties.total_bytes,

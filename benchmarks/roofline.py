@@ -38,7 +38,7 @@ class Ceilings:
 
 @dataclass(frozen=True, slots=True)
 class StageSize:
-    """Count one rank's part of a model: numbers read by every pass, in matrices of layers, and in that of the logits."""
+    """Count one rank's part of a model: all numbers that a pass reads, those in layers' matrices, the logits'."""
 
     numbers: int
     layer_matrices: int
