@@ -362,7 +362,7 @@ def make_works(settings: Settings, turns: int) -> "list[Work]":
                 first = (microbatch * settings.batch + row) * settings.row_blocks
                 blocks = tuple(range(first, first + settings.row_blocks))
                 request = Request(str(serial), (1,) * settings.context, SamplingParams(max_tokens=settings.steps + 1))
-                admissions.append(Admission(serial, microbatch, row, blocks, request, first_token=1))
+                admissions.append(Admission(serial, microbatch, row, blocks, request, (), (1,), settings.context))
                 rows.append(RowWork(serial, row, 1, settings.context + step, False, True, settings.context))
             number = turn * settings.steps + step
             new = tuple(admissions) if step == 0 else ()

@@ -154,7 +154,7 @@ def run_rank(options: Options, given: dict[str, Any], out: str | None) -> int:
     """Run one engine after the other; rank 0 says which, and reports."""
     from mpi4py import MPI
 
-    from dejavu.cluster.engine import run_worker
+    from dejavu.cluster.participant import run_worker
     from dejavu.transport.mpi import Channel
 
     channel, code = Channel(MPI.COMM_WORLD, 300.0), 0
