@@ -9,7 +9,7 @@ from dejavu.cluster.keeping import needs_replica_carrier
 from dejavu.engine.controller import Controller
 from dejavu.engine.messages import Ready
 from dejavu.engine.recovery import Death, Gathered
-from dejavu.engine.seating import Restored
+from dejavu.engine.seating import join_restored
 from dejavu.engine.setup import EngineSetup
 from dejavu.errors import PeerLostError
 from dejavu.measure.clock import ClockSample, RunClock, estimate_offset
@@ -70,7 +70,8 @@ class WorkerCompany(Rounds):
         self.gathered_epoch = self.channel.membership.epoch
         share_clock(self.channel, ranks, self.controller.clock)
         lanes = self.controller.seating.lanes
-        return Gathered([Restored(all(ready[rank].keeps_kv for rank in lane.ranks)) for lane in lanes])
+        left = [join_restored((ready[rank].keeps_kv, ready[rank].tokens) for rank in lane.ranks) for lane in lanes]
+        return Gathered(left, sum(answer.restored_bytes for answer in ready.values()))
 
     def assemble(self) -> None:
         """Gather everybody at the start; nothing to do where a loss has made that necessary already."""

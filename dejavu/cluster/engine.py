@@ -12,7 +12,8 @@ from torch import Tensor
 from dejavu.cluster.accelerator import most_tokens
 from dejavu.cluster.company import WorkerCompany
 from dejavu.cluster.keeping import (
-    make_replicators,
+    Replicating,
+    RestoredPool,
     open_replica_carrier,
     outlives_worker,
     take_pool,
@@ -262,13 +263,15 @@ def make_swap(site: Site, stack: ExitStack) -> SwappedMemory:
     return SwappedMemory(stack.enter_context(closing(mover)), tensor, host)
 
 
-def make_mover(site: Site, comm: Any, holdings: Holdings, swap: SwappedMemory | None, ties: ExitStack) -> Mover:
-    """Make what moves KV in or out of this rank's pool; `ties` ends it."""
+def make_mover(
+    site: Site, comm: Any, holdings: Holdings, swap: SwappedMemory | None, ties: ExitStack
+) -> tuple[Mover, RestoredPool]:
+    """Make what moves KV in or out of this rank's pool, after giving back what its replica has; `ties` ends it."""
     setup, device = site.setup, site.device
     movers: list[Mover] = [swap.mover] if swap else []
     if not site.vault:
         movers.append(SyntheticMover(site.channel) if setup.config.is_disaggregated else NoMover())
-        return Movers(movers)
+        return Movers(movers), RestoredPool()
     if swap:
         # A prompt lands in host memory, behind the flushes for whoever had its blocks before; copies leave from there.
         assert swap.host
@@ -280,9 +283,10 @@ def make_mover(site: Site, comm: Any, holdings: Holdings, swap: SwappedMemory | 
     if setup.moves_kv:
         movers.append(make_handover(site, comm, pool, stream, ties))
     carrier = open_replica_carrier(site.channel, setup, device, comm, ties)
-    copied = ReplicaSource(device, pool.memory, stream)
-    movers += make_replicators(site.channel, setup, site.vault, copied, partial(pool_layout, setup), carrier, ties)
-    return Movers(movers) if movers else NoMover()
+    source, layout_of = ReplicaSource(device, pool.memory, stream), partial(pool_layout, setup)
+    replicating = Replicating(site.channel, setup, site.vault, source, not holdings.has_kv, layout_of, carrier)
+    replicators, restored = replicating.start(ties)
+    return Movers([*movers, *replicators]) if movers or replicators else NoMover(), restored
 
 
 def make_handover(site: Site, comm: Any, pool: KVPool, stream: Stream, ties: ExitStack) -> Mover:

@@ -2,8 +2,10 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dejavu.cluster.launcher import JOB, SUPERVISOR
@@ -14,16 +16,17 @@ from dejavu.engine.replication import DirectReplicator, PassFollower, ReplicaHol
 from dejavu.engine.ring import pool_name, replica_holder, replica_name, replica_owner, weights_name
 from dejavu.engine.setup import EngineSetup
 from dejavu.kv.layout import PoolLayout
-from dejavu.kv.replica import ReplicaStore
+from dejavu.kv.replica import HeldRow, Place, ReplicaStore, StoreShape, block_message, filled_blocks
 from dejavu.model.weight_arena import WeightArena
 from dejavu.topology import Placement
-from dejavu.transport.carrier import Carrier
+from dejavu.transport.carrier import Carrier, Transfer
 from dejavu.transport.mpi import Channel
 
 if TYPE_CHECKING:
     from dejavu.model.weights import Allocate, Weights
 
 KEPT_SHARE = 10  # a CPU worker keeps its plain weights where they take at most one in so many bytes of the host
+RESTORE_KEY = 1  # of the one message that gives a pool its KV back
 RESTART_S = 120.0  # how long memory is kept on a host whose supervisor is elsewhere, when its ranks have gone
 
 
@@ -64,12 +67,12 @@ def take_memory(
     return memory, False
 
 
-def take_store(vault: Vault, device: Device, name: str, layout: PoolLayout, rows: tuple[int, int]) -> ReplicaStore:
-    """Give the replica of this name, with what it holds, or a new one. `rows` are microbatches, and rows of each."""
+def take_store(vault: Vault, device: Device, name: str, layout: PoolLayout, shape: StoreShape) -> ReplicaStore:
+    """Give the replica of this name, with what it holds, or a new one."""
     kept = vault.get(name, device)
     if kept is not None:
-        return ReplicaStore(kept[0], layout, *rows)
-    store = ReplicaStore.allocate(device, layout, *rows)
+        return ReplicaStore(kept[0], layout, shape)
+    store = ReplicaStore.allocate(device, layout, shape)
     vault.put(name, store.memory)
     return store
 
@@ -107,10 +110,10 @@ def outlives_worker(device: Device, arena: WeightArena) -> bool:
     return device.properties.kind != "cpu" or arena.nbytes * KEPT_SHARE <= device.properties.total_bytes
 
 
-def rows_of(setup: EngineSetup, placement: Placement) -> tuple[int, int]:
-    """Give the microbatches of a rank's pipeline, and the rows of each."""
-    shape = setup.topology.pipelines[placement.pipeline].shape
-    return shape.num_microbatches, shape.microbatch_size
+def store_shape(setup: EngineSetup, placement: Placement) -> StoreShape:
+    """Give the rows of a place's pipeline."""
+    shape, cache = setup.topology.pipelines[placement.pipeline].shape, setup.caches[placement.pipeline]
+    return StoreShape(shape.num_microbatches, shape.microbatch_size, cache.blocks_per_row)
 
 
 def crosses_hosts(channel: Channel, setup: EngineSetup, owner: int) -> bool:
@@ -139,41 +142,109 @@ def open_replica_carrier(
     return stack.enter_context(open_carrier("tcp" if name == "auto" else name, device, comm))
 
 
-def make_replicators(
-    channel: Channel,
-    setup: EngineSetup,
-    vault: Vault,
-    source: ReplicaSource,
-    layout_of: Callable[[Placement], PoolLayout],
-    carrier: Carrier | None,
-    stack: ExitStack,
-) -> list[PassFollower]:
-    """Replicate this rank's KV, and hold another rank's replica, beside the passes; `stack` gives all back.
+@dataclass(frozen=True, slots=True)
+class RestoredPool:
+    """Say what a new pool got back from its replica: the rows that it has tokens of, the bytes, and the time."""
 
-    `layout_of` gives the layout of each place's pool.
+    rows: dict[Place, HeldRow] = field(default_factory=dict)
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Replicating:
+    """Join what a rank needs to replicate its KV, and to hold another rank's; `layout_of` describes a place's pool.
+
+    `source` is empty where `is_new`, and `carrier` there where `needs_replica_carrier`.
     """
-    place = setup.topology.placements[channel.rank]
-    if place not in setup.replicated:
-        return []
-    every, owner = setup.config.replicate_every, replica_owner(setup.topology, channel.hosts, channel.rank)
-    holder = replica_holder(setup.topology, channel.hosts, channel.rank)
 
-    def open_store(holding: int, owning: int) -> ReplicaStore:
-        owned = setup.topology.placements[owning]
-        name = replica_name(setup.topology.placements[holding], owned)
-        return stack.enter_context(take_store(vault, source.device, name, layout_of(owned), rows_of(setup, owned)))
+    channel: Channel
+    setup: EngineSetup
+    vault: Vault
+    source: ReplicaSource
+    is_new: bool
+    layout_of: Callable[[Placement], PoolLayout]
+    carrier: Carrier | None
 
-    movers: list[PassFollower] = []
-    if not crosses_hosts(channel, setup, channel.rank):
-        store = open_store(holder, channel.rank)
-        movers.append(DirectReplicator(channel, source, store, every, holder))
-    else:
-        assert carrier
-        movers.append(SendingReplicator(carrier, source, layout_of(place), every, channel.rank - 1, holder - 1))
-    if crosses_hosts(channel, setup, owner):
-        assert carrier
-        store = open_store(channel.rank, owner)
-        movers.append(ReplicaHolder(channel, carrier, store, every, owner, carrier_offset=1))
-    for mover in movers:
-        stack.callback(mover.close)
-    return movers
+    def start(self, stack: ExitStack) -> tuple[list[PassFollower], RestoredPool]:
+        """Give a new pool back what its replica has, and what replicates from now on, which `stack` ends.
+
+        All ranks that have a replica call this together. What a store holds of requests that go on is not copied again.
+        """
+        rank, hosts, topology = self.channel.rank, self.channel.hosts, self.setup.topology
+        place = topology.placements[rank]
+        if place not in self.setup.replicated:
+            return [], RestoredPool()
+        owner, holder = replica_owner(topology, hosts, rank), replica_holder(topology, hosts, rank)
+        movers: list[PassFollower] = []
+        given: Transfer | None = None
+        crosses = crosses_hosts(self.channel, self.setup, rank)
+        if crosses:
+            self.channel.send(holder, self.is_new)
+        if crosses_hosts(self.channel, self.setup, owner):
+            held, given = self.hold(owner, stack)
+            movers.append(held)
+        mover, restored = self.send(place, holder) if crosses else self.copy(place, holder, stack)
+        movers.append(mover)
+        if given:
+            given.wait(self.channel.deadline_s)
+        for each in movers:
+            stack.callback(each.close)
+        return movers, restored
+
+    def hold(self, owner: int, stack: ExitStack) -> tuple[PassFollower, Transfer | None]:
+        """Hold the replica of a rank of another host, and begin to give it back what it has lost."""
+        assert self.carrier
+        given = None
+        store = stack.enter_context(self.open_store(self.channel.rank, owner))
+        _, has_lost = self.channel.receive(owner, self.channel.deadline_s)
+        rows = store.rows()
+        self.channel.send(owner, rows)
+        if has_lost and rows:
+            message = block_message(store.layout, filled_blocks(store.layout, rows.values()))
+            stream = self.source.device.compute_stream
+            given = self.carrier.send(owner - 1, RESTORE_KEY, store.pool, message, stream=stream)
+        mover = ReplicaHolder(self.channel, self.carrier, store, self.every, owner, carrier_offset=1)
+        mover.books.adopt(rows)
+        return mover, given
+
+    def send(self, place: Placement, holder: int) -> tuple[PassFollower, RestoredPool]:
+        """Replicate to another host, and get back from there what is lost."""
+        assert self.carrier
+        started = time.monotonic()
+        layout, restored = self.layout_of(place), RestoredPool()
+        _, rows = self.channel.receive(holder, self.channel.deadline_s)
+        if self.is_new and rows:
+            message = block_message(layout, filled_blocks(layout, rows.values()))
+            pool, stream = self.source.pool, self.source.stream
+            self.carrier.receive(holder - 1, RESTORE_KEY, pool, message, stream=stream).wait(self.channel.deadline_s)
+            restored = RestoredPool(rows, message.total_bytes, time.monotonic() - started)
+        mover = SendingReplicator(self.carrier, self.source, layout, self.every, self.channel.rank - 1, holder - 1)
+        mover.books.adopt(rows)
+        return mover, restored
+
+    def copy(self, place: Placement, holder: int, stack: ExitStack) -> tuple[PassFollower, RestoredPool]:
+        """Replicate on this host, and get back from the replica there what is lost."""
+        started = time.monotonic()
+        store, restored = stack.enter_context(self.open_store(holder, place.rank)), RestoredPool()
+        rows = store.rows()
+        if self.is_new and rows:
+            blocks = filled_blocks(store.layout, rows.values())
+            nbytes = store.restore(self.source.device, self.source.pool, blocks, stream=self.source.stream)
+            self.source.stream.synchronize()
+            restored = RestoredPool(rows, nbytes, time.monotonic() - started)
+        mover = DirectReplicator(self.channel, self.source, store, self.every, holder)
+        mover.books.adopt(rows)
+        return mover, restored
+
+    def open_store(self, holder: int, owner: int) -> ReplicaStore:
+        """Open the replica that one rank holds of another, or make it."""
+        placements = self.setup.topology.placements
+        name, owned = replica_name(placements[holder], placements[owner]), placements[owner]
+        shape = store_shape(self.setup, owned)
+        return take_store(self.vault, self.source.device, name, self.layout_of(owned), shape)
+
+    @property
+    def every(self) -> int:
+        """Count the steps between two copies."""
+        return self.setup.config.replicate_every

@@ -85,9 +85,11 @@ class Participant:
             links = open_links(site, ties)
             holdings = self.holdings = self.hold(site, links)
             swap = make_swap(site, ties) if site.cache.is_swapped else None
-            mover = make_mover(site, comm, holdings, swap, ties)
+            mover, restored = make_mover(site, comm, holdings, swap, ties)
             notes = tuple(links.describe())
-            channel.send(CONTROLLER, Ready(time.monotonic() - started, notes, holdings.has_kv))
+            tokens = {row.serial: row.length for row in restored.rows.values()}
+            load_s = time.monotonic() - started
+            channel.send(CONTROLLER, Ready(load_s, notes, holdings.has_kv, tokens, restored.nbytes, restored.seconds))
             holdings.has_kv = swap is None
             clock = join_clock(channel)
             worker = make_worker(site, holdings, swap, mover, links, clock)

@@ -1,5 +1,6 @@
 """What the ranks of a pipeline tell each other; the tensors travel beside these."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dejavu.measure.cpu import CpuUsage
@@ -144,6 +145,9 @@ class Ready:
     load_s: float
     notes: tuple[str, ...] = ()  # how its GPU is joined to others
     keeps_kv: bool = False  # what the pool held before the failure, it holds still
+    tokens: Mapping[int, int] = field(default_factory=dict)  # else: of each request, by serial, the first so many
+    restored_bytes: int = 0  # that came back from a replica
+    restore_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,15 @@ class Restored:
         return there if self.intact else min(there, self.tokens.get(serial, 0))
 
 
+def join_restored(parts: Iterable[tuple[bool, Mapping[int, int]]]) -> Restored:
+    """Say what a pipeline's ranks have together: whether each has kept its KV, and which tokens it has otherwise."""
+    lost = [tokens for keeps_kv, tokens in parts if not keeps_kv]
+    if not lost:
+        return Restored(True)
+    everywhere = set(lost[0]).intersection(*lost)
+    return Restored(False, {serial: min(tokens[serial] for tokens in lost) for serial in everywhere})
+
+
 @dataclass(slots=True)
 class Repeated:
     """Count what has to be computed again after a failure."""

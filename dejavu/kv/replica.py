@@ -2,7 +2,7 @@
 
 A *store* is the owner's pool once more, block for block, behind an index of what is valid in it:
 
-    | index: the step of each microbatch, then (serial, length) of each row | block 0 | block 1 | ... | block N-1 |
+    | index: the step of each microbatch; each row's serial, length, blocks | block 0 | block 1 | ... | block N-1 |
 
 Since block ids are the same in every stage of a pipeline, and the controller gives them out, a token's place is the
 same in the owner's pool and in the store. The copies are made in the order of the passes, so what an earlier request
@@ -11,6 +11,7 @@ left behind is never written over what a later one has. The index is written beh
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,33 @@ class RowCopy:
     blocks: Sequence[int]
     start: int
     stop: int
+
+
+class HeldRow(NamedTuple):
+    """Say whose tokens a store has in a row: [0, length), in the first of these blocks."""
+
+    serial: int
+    length: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreShape:
+    """Count the microbatches of a store, the rows of each, and the most blocks of a row."""
+
+    num_microbatches: int
+    num_rows: int
+    max_blocks: int
+
+    @property
+    def num_words(self) -> int:
+        """Count the numbers of the index."""
+        return self.num_microbatches * (1 + self.num_rows * (2 + self.max_blocks))
+
+    @property
+    def index_bytes(self) -> int:
+        """Count the bytes before the blocks."""
+        return -(-8 * self.num_words // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(slots=True)
@@ -57,15 +85,15 @@ class ReplicaBooks:
     def admit(self, place: Place, serial: int, blocks: Sequence[int], length: int = 0) -> None:
         """Let a request take a row, in place of what was there; `length` of its tokens are in the pool already.
 
-        One that had the row before, as after a failure, keeps its copies.
+        One that had the row and the blocks before, as after a failure, keeps its copies.
         """
         before = self.rows.get(place)
-        copied = min(before.copied, length) if before and before.serial == serial else 0
-        self.rows[place] = RowBook(serial, blocks, length, copied)
+        goes_on = before is not None and (before.serial, tuple(before.blocks)) == (serial, tuple(blocks))
+        self.rows[place] = RowBook(serial, blocks, length, min(before.copied, length) if before and goes_on else 0)
 
-    def adopt(self, rows: Mapping[Place, tuple[int, int]]) -> None:
+    def adopt(self, rows: Mapping[Place, "HeldRow"]) -> None:
         """Take over a store with `ReplicaStore.rows`: what is there of requests that go on is not copied again."""
-        self.rows = {place: RowBook(serial, (), 0, length) for place, (serial, length) in rows.items()}
+        self.rows = {place: RowBook(row.serial, row.blocks, 0, row.length) for place, row in rows.items()}
 
     def advance(self, place: Place, length: int) -> None:
         """State that tokens [0, length) of a row are computed by the passes so far."""
@@ -121,24 +149,24 @@ def list_pieces(layout: PoolLayout, copies: Sequence[RowCopy]) -> Pieces:
 class ReplicaStore(Closing):
     """Hold one stage's replica in host memory; `layout` is the owner's."""
 
-    def __init__(self, memory: Buffer, layout: PoolLayout, num_microbatches: int, num_rows: int) -> None:
+    def __init__(self, memory: Buffer, layout: PoolLayout, shape: StoreShape) -> None:
         """Take over memory of `store_bytes`, with the contents that it has."""
-        begin = index_bytes(num_microbatches, num_rows)
+        begin = shape.index_bytes
         assert memory.nbytes == begin + layout.total_bytes, (memory, layout)
         assert memory.location is Location.HOST, memory
         self.memory = memory
         self.layout = layout
+        self.shape = shape
         self.pool = memory.view(begin, layout.total_bytes)
-        count = num_microbatches * (1 + 2 * num_rows)
-        index = memory.view(0, 8 * count).tensor().numpy().view(np.int64)
-        self._steps: Ints | None = index[:num_microbatches]
-        self._rows: Ints | None = index[num_microbatches:].reshape(num_microbatches, num_rows, 2)
+        index = memory.view(0, 8 * shape.num_words).tensor().numpy().view(np.int64)
+        rows = shape.num_microbatches, shape.num_rows, 2 + shape.max_blocks
+        self._steps: Ints | None = index[: shape.num_microbatches]
+        self._rows: Ints | None = index[shape.num_microbatches :].reshape(rows)
 
     @classmethod
-    def allocate(cls, device: Device, layout: PoolLayout, num_microbatches: int, num_rows: int) -> "ReplicaStore":
+    def allocate(cls, device: Device, layout: PoolLayout, shape: StoreShape) -> "ReplicaStore":
         """Make an empty store in host memory that can be exported."""
-        nbytes = index_bytes(num_microbatches, num_rows) + layout.total_bytes
-        store = cls(device.allocate_host_exportable(nbytes), layout, num_microbatches, num_rows)
+        store = cls(device.allocate_host_exportable(shape.index_bytes + layout.total_bytes), layout, shape)
         assert store._rows is not None
         assert store._steps is not None
         store._rows[..., 0] = store._steps[:] = NOBODY
@@ -153,8 +181,11 @@ class ReplicaStore(Closing):
         assert self._steps is not None
         for copy in copies:
             row = self._rows[copy.place]
-            if row[0] != copy.serial:
-                row[1], row[0] = 0, copy.serial
+            if copy.start == 0:  # a request begins, or begins again
+                row[1] = 0
+                row[2:] = NOBODY
+                row[2 : 2 + len(copy.blocks)] = copy.blocks
+                row[0] = copy.serial
             row[1] = copy.stop
         self._steps[microbatch] = step
 
@@ -163,11 +194,14 @@ class ReplicaStore(Closing):
         assert self._steps is not None
         return int(self._steps[microbatch])
 
-    def rows(self) -> dict[Place, tuple[int, int]]:
-        """Give the request in each row, by its serial, and how many of its tokens are here, from the first on."""
+    def rows(self) -> dict[Place, HeldRow]:
+        """Give whose tokens are here in each row, ended requests included, until another one takes their row."""
         assert self._rows is not None
-        places = np.argwhere(self._rows[..., 0] != NOBODY).tolist()
-        return {(m, r): (int(self._rows[m, r, 0]), int(self._rows[m, r, 1])) for m, r in places}
+        found = {}
+        for microbatch, row in np.argwhere(self._rows[..., 1] > 0).tolist():
+            serial, length, *blocks = self._rows[microbatch, row].tolist()
+            found[microbatch, row] = HeldRow(serial, length, tuple(block for block in blocks if block != NOBODY))
+        return found
 
     def restore(self, device: Device, target: Buffer, blocks: Sequence[int], *, stream: Stream) -> int:
         """Copy whole blocks into a pool of the same layout; give their bytes. Valid once the stream has passed."""
@@ -182,9 +216,9 @@ class ReplicaStore(Closing):
         self.memory.close()
 
 
-def index_bytes(num_microbatches: int, num_rows: int) -> int:
-    """Count the bytes before a store's blocks."""
-    return -(-8 * num_microbatches * (1 + 2 * num_rows) // ALIGNMENT) * ALIGNMENT
+def filled_blocks(layout: PoolLayout, rows: Iterable[HeldRow]) -> list[int]:
+    """List the blocks in which rows have tokens, each once: what a store gives back."""
+    return sorted({block for row in rows for block in row.blocks[: -(-row.length // layout.block_size)]})
 
 
 def copy_tokens(

@@ -29,7 +29,7 @@ def lose_file(rank: int, note: Path, file: Path) -> None:
     """Let the checkpoint's file vanish after the checks, before one rank reads it."""
     import dejavu.cluster.participant as participant
 
-    make_stage = participant.make_stage
+    make_stage = participant.make_stage  # type: ignore[attr-defined]
 
     def losing(site, *others):
         if site.channel.rank == rank:
@@ -37,7 +37,7 @@ def lose_file(rank: int, note: Path, file: Path) -> None:
             note.write_text(str(time.monotonic()))
         return make_stage(site, *others)
 
-    participant.make_stage = losing
+    participant.make_stage = losing  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

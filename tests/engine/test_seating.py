@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dejavu.engine.messages import Admissions, Expect, Release, Resume
 from dejavu.engine.rows import RowTable
-from dejavu.engine.seating import Colocated, Disaggregated, Lane, Restored
+from dejavu.engine.seating import Colocated, Disaggregated, Lane, Restored, join_restored
 from dejavu.errors import CapacityError
 from dejavu.request import Request, SamplingParams
 
@@ -203,3 +203,11 @@ def test_a_request_that_no_pool_can_hold_is_refused():
     lane = Lane(range(1, 2), RowTable(1, 1, 4, 2))
     with pytest.raises(CapacityError, match="needs 3 KV blocks of 4 tokens and the pool has 2"):
         lane.check(make_request(0, 8, 3))
+
+
+def test_a_pipeline_has_what_each_of_its_ranks_has():
+    assert join_restored([(True, {}), (True, {})]).intact
+    part = join_restored([(True, {}), (False, {1: 5, 2: 3, 3: 9}), (False, {1: 4, 3: 9})])
+    assert not part.intact
+    assert part.tokens == {1: 4, 3: 9}
+    assert join_restored([(False, {})]).tokens == {}

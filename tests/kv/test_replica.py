@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from dejavu.device import Location, Pieces, open_device
 from dejavu.kv.layout import PoolLayout
 from dejavu.kv.replica import (
+    HeldRow,
     ReplicaBooks,
     ReplicaStore,
+    StoreShape,
     block_message,
     copy_tokens,
     count_bytes,
+    filled_blocks,
     list_pieces,
 )
 
@@ -25,6 +28,10 @@ NUM_MICROBATCHES, NUM_ROWS, ROW_LEN = 2, 3, 14
 def make_layout(block_size):
     per_row = -(-ROW_LEN // block_size)
     return PoolLayout(NUM_MICROBATCHES * NUM_ROWS * per_row, 3, 2, block_size, 1, 2, 3, 4)
+
+
+def shape_of(layout):
+    return StoreShape(NUM_MICROBATCHES, NUM_ROWS, -(-ROW_LEN // layout.block_size))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def check(store, owner, microbatch, block_size, layout):
     for place, (serial, blocks, length) in owner.rows.items():
         if place[0] != microbatch or length == 0:
             continue
-        assert known[place] == (serial, length)
+        assert known[place] == (serial, length, tuple(blocks))
         for token, (there, here) in enumerate(
             zip(
                 tokens_of(held, blocks, length, block_size),
@@ -106,7 +113,7 @@ def test_a_replica_equals_its_owner_after_every_pass(device, data, block_size, e
     owner = Owner(np.full(layout.shape, -1, np.int32), set(range(layout.num_blocks)))
     books = ReplicaBooks(every)
     with (
-        ReplicaStore.allocate(device, layout, NUM_MICROBATCHES, NUM_ROWS) as store,
+        ReplicaStore.allocate(device, layout, shape_of(layout)) as store,
         device.allocate_exportable(layout.total_bytes) as memory,
         device.allocate_host(layout.total_bytes) as packed,
     ):
@@ -171,9 +178,11 @@ def test_tokens_wait_for_their_step_and_new_requests_do_not():
 
 def test_who_goes_on_after_a_failure_is_not_copied_again():
     books = ReplicaBooks()
-    books.adopt({(0, 0): (7, 9), (0, 1): (8, 4)})
+    books.adopt({(0, 0): HeldRow(7, 9, (0, 1)), (0, 1): HeldRow(8, 4, (2,)), (1, 0): HeldRow(6, 4, (3,))})
     books.admit((0, 0), 7, (0, 1), 8)  # one token less was whole everywhere
     books.admit((0, 1), 9, (2,), 2)
+    books.admit((1, 0), 6, (4,), 3)  # begins again, elsewhere
+    assert [(copy.serial, copy.start, copy.stop) for copy in books.due(1, 0)] == [(6, 0, 3)]
     assert [(copy.serial, copy.start, copy.stop) for copy in books.due(0, 0)] == [(9, 0, 2)]
     books.advance((0, 0), 9)
     assert [(copy.serial, copy.start, copy.stop) for copy in books.due(0, 1)] == [(7, 8, 9)]
@@ -186,7 +195,7 @@ def test_a_store_is_opened_again_and_gives_blocks_back(device):
     rng = np.random.default_rng(1)
     contents = rng.integers(0, 2**31, layout.shape, dtype=np.int32)
     with (
-        ReplicaStore.allocate(device, layout, NUM_MICROBATCHES, NUM_ROWS) as store,
+        ReplicaStore.allocate(device, layout, shape_of(layout)) as store,
         device.allocate_exportable(layout.total_bytes) as memory,
     ):
         assert store.rows() == {}
@@ -198,9 +207,10 @@ def test_a_store_is_opened_again_and_gives_blocks_back(device):
         fd = store.memory.export_fd()
         opened = device.import_host_fd(fd, store.memory.nbytes)
         os.close(fd)
-        with ReplicaStore(opened, layout, NUM_MICROBATCHES, NUM_ROWS) as again:
+        with ReplicaStore(opened, layout, store.shape) as again:
             assert again.memory.location is Location.HOST
-            assert (again.rows(), again.step(1), again.step(0)) == ({(1, 2): (5, 6)}, 8, -1)
+            assert (again.rows(), again.step(1), again.step(0)) == ({(1, 2): (5, 6, (3, 0))}, 8, -1)
+            assert filled_blocks(layout, again.rows().values()) == [0, 3]
             memory.tensor().zero_()
             assert again.restore(device, memory, [3, 0, 4], stream=device.compute_stream) == 3 * layout.block_bytes
             expected = np.zeros_like(contents)

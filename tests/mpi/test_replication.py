@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from dejavu.cluster import engine
+from dejavu.cluster.keeping import Replicating
 from dejavu.config import ServeConfig
-from dejavu.engine.replication import Receiving
+from dejavu.engine.handover import Movers
+from dejavu.engine.replication import Receiving, ReplicaHolder, ReplicaSource
 from dejavu.engine.ring import pool_name
-from dejavu.kv.replica import RowCopy, list_pieces
+from dejavu.kv.replica import RowCopy, filled_blocks, list_pieces
 
 pytestmark = [pytest.mark.mpi(min_size=7), pytest.mark.timeout(60)]
 
@@ -33,40 +36,61 @@ def make_config(directory: Any, case: dict[str, Any]) -> ServeConfig:
     return ServeConfig(model=str(directory), **fixed, **shape)
 
 
-def compare(mover: Receiving, setup: Any, device: Any, vault: Any) -> None:
+def same_tokens(layout: Any, rows: Any, one: Any, other: Any) -> None:
+    """Compare the tokens of rows in two pools of one layout."""
+    pieces = list_pieces(layout, [RowCopy(place, row.serial, row.blocks, 0, row.length) for place, row in rows.items()])
+    for offset, nbytes in zip(pieces.source.tolist(), pieces.nbytes.tolist(), strict=True):
+        there, here = one.view(offset, nbytes), other.view(offset, nbytes)
+        assert bytes(there.tensor().numpy()) == bytes(here.tensor().numpy())
+
+
+def compare(mover: Receiving, replicating: Replicating) -> None:
     """Hold a replica against the pool that its owner has left with the keeper."""
-    pool, _ = vault.get(pool_name(setup.topology.placements[mover.owner]), device)
-    with pool:
+    owner = replicating.setup.topology.placements[mover.owner]
+    found = replicating.vault.get(pool_name(owner), replicating.source.device)
+    assert found
+    with found[0] as pool:
         rows, books = mover.store.rows(), mover.books.rows
         assert rows
-        assert set(rows) == set(books)
-        for place, (serial, length) in rows.items():
-            assert (books[place].serial, books[place].copied) == (serial, length)
-            pieces = list_pieces(mover.layout, [RowCopy(place, serial, books[place].blocks, 0, length)])
-            for offset, nbytes in zip(pieces.source.tolist(), pieces.nbytes.tolist(), strict=True):
-                there, here = mover.store.pool.view(offset, nbytes), pool.view(offset, nbytes)
-                assert bytes(there.tensor().numpy()) == bytes(here.tensor().numpy())
+        assert {place: (book.serial, book.copied, tuple(book.blocks)) for place, book in books.items()} == rows
+        same_tokens(mover.layout, rows, mover.store.pool, pool)
+
+
+def restore(replicating: Replicating) -> None:
+    """Have every rank get the KV of a pool that it takes anew."""
+    old = replicating.source
+    with ExitStack() as stack, old.device.allocate_exportable(old.pool.nbytes) as memory:
+        source = ReplicaSource(old.device, memory, old.device.compute_stream)
+        movers, restored = replace(replicating, source=source, is_new=True).start(stack)
+        mover = next(mover for mover in movers if not isinstance(mover, ReplicaHolder))
+        assert restored.rows
+        assert restored.nbytes % mover.layout.block_bytes == 0
+        assert restored.nbytes // mover.layout.block_bytes == len(filled_blocks(mover.layout, restored.rows.values()))
+        same_tokens(mover.layout, restored.rows, memory, old.pool)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()))
 def test_replicas_hold_what_their_owners_do(world, reference_of, monkeypatch, case):
     reference = reference_of("llama")
     config = make_config(reference.directory, case)
-    made: list[tuple[Any, ...]] = []
-    make_replicators, report = engine.make_replicators, Receiving.report
+    made: list[Replicating] = []
+    start, report = Replicating.start, Movers.report
 
-    def make_noted(*arguments: Any) -> Any:
-        setup, vault, source = arguments[1:4]
-        made.append((setup, source.device, vault))
-        return make_replicators(*arguments)
+    def start_noted(self: Replicating, stack: Any) -> Any:
+        made.append(self)
+        return start(self, stack)
 
-    def report_compared(self: Receiving, *arguments: Any) -> Any:
+    def report_compared(self: Movers, *arguments: Any) -> Any:
         reported = report(self, *arguments)
-        compare(self, *made[-1])
+        receiving = [mover for mover in self.movers if isinstance(mover, Receiving)]
+        for mover in receiving:
+            compare(mover, made[0])
+        if receiving:
+            restore(made[0])
         return reported
 
-    monkeypatch.setattr(engine, "make_replicators", make_noted)
-    monkeypatch.setattr(Receiving, "report", report_compared)
+    monkeypatch.setattr(Replicating, "start", start_noted)
+    monkeypatch.setattr(Movers, "report", report_compared)
     (completions, replicated), outcome = world.serve(
         config, lambda controller: (controller.generate(reference.requests), controller.replicated)
     )
