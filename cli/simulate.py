@@ -63,6 +63,7 @@ SWEEP_COLUMNS = {
 @click.option("--prompt-ahead", type=int, help="Requests that the token side holds beyond its rows. [all prompt rows]")
 @click.option("--hop-ms", type=float, default=0.0, show_default=True, help="Time from one stage to the next.")
 @click.option("--swap-bytes", type=float, help="Swap: KV bytes per token and row in one stage.")
+@click.option("--resident", type=int, default=2, show_default=True, help="Microbatches on the device, with swapping.")
 @click.option("--host-gbps", type=float, default=25.0, show_default=True, help="Host link that swapping uses, GB/s.")
 @click.option("--kill", "kills", multiple=True, metavar="SECONDS[:PIPELINE]", help="Lose a stage; may be repeated.")
 @click.option("--detect-ms", type=float, default=10.0, show_default=True, help="From a kill to its detection.")
@@ -164,7 +165,9 @@ def make_setup(options: dict[str, Any]) -> Any:
     times = FixedTimes(options["prompt_ms"] / 1e3, options["token_ms"] / 1e3)
     same = {name: options[name] for name in ("rows", "microbatches", "prompt_chunk", "max_prompt_tokens")}
     same |= {"hop_s": options["hop_ms"] / 1e3}
-    swap = None if options["swap_bytes"] is None else Swap(options["swap_bytes"], options["host_gbps"] * 1e9)
+    swap = None
+    if options["swap_bytes"] is not None:
+        swap = Swap(options["swap_bytes"], options["host_gbps"] * 1e9, options["resident"])
     if split:
         prompt_rows = options["rows"] if options["prompt_batch"] is None else options["prompt_batch"]
         own = same | {"microbatches": 0, "rows": prompt_rows}

@@ -62,15 +62,16 @@ class Flow:
 class StagedFlow:
     """Follow passes stage by stage, as `Flow` does at once, with the fetches of swapped KV and a list of what was when.
 
-    A device holds the KV of two microbatches: the fetch for a pass begins when the pass before it begins.
+    A device holds the KV of `resident` microbatches: the fetch for a pass begins when the pass so many before it has
+    ended, and its new tokens are flushed.
     """
 
-    __slots__ = ("clocks", "hop_s", "link_free_s", "spans", "stall_s", "started_s")
+    __slots__ = ("clocks", "hop_s", "left_s", "link_free_s", "spans", "stall_s")
 
-    def __init__(self, num_stages: int, hop_s: float = 0.0) -> None:
+    def __init__(self, num_stages: int, hop_s: float = 0.0, resident: int = 2) -> None:
         self.clocks = [0.0] * num_stages
         self.link_free_s = [0.0] * num_stages
-        self.started_s = [0.0] * num_stages  # when each stage's last pass began
+        self.left_s = [[0.0] * resident for _ in range(num_stages)]  # when the slots of the last passes were free
         self.hop_s = hop_s
         self.stall_s = 0.0  # spent waiting for fetches, over all stages
         self.spans: list[tuple[float, float]] = []  # of the last pass, by stage
@@ -80,19 +81,19 @@ class StagedFlow:
         """Give when stage 0 is free."""
         return self.clocks[0]
 
-    def push(self, ready_s: float, duration_s: float, fetch_s: float = 0.0) -> float:
-        """Send a pass through all stages, its KV fetched in each; give when it leaves the last one."""
+    def push(self, ready_s: float, duration_s: float, fetch_s: float = 0.0, flush_s: float = 0.0) -> float:
+        """Send a pass through all stages, its KV fetched and flushed in each; give when it leaves the last one."""
         now = ready_s - self.hop_s
         self.spans = []
         for stage, clock in enumerate(self.clocks):
             start = max(now + self.hop_s, clock)
             if fetch_s:
-                fetched = max(self.link_free_s[stage], self.started_s[stage]) + fetch_s
+                fetched = max(self.link_free_s[stage], self.left_s[stage][0]) + fetch_s
                 self.link_free_s[stage] = fetched
                 self.stall_s += max(0.0, fetched - start)
                 start = max(start, fetched)
             now = start + duration_s
-            self.started_s[stage] = start
+            self.left_s[stage] = [*self.left_s[stage][1:], now + flush_s]
             self.clocks[stage] = now
             self.spans.append((start, now))
         return now
@@ -105,13 +106,13 @@ class StagedFlow:
         """Forget what was under way, and keep every stage from starting anything before `time_s`."""
         self.clocks = [time_s] * len(self.clocks)
         self.link_free_s = list(self.clocks)
-        self.started_s = list(self.clocks)
+        self.left_s = [[time_s] * len(left) for left in self.left_s]
 
     def shift(self, seconds: float) -> None:
         """Move the whole state later."""
         self.clocks = [clock + seconds for clock in self.clocks]
         self.link_free_s = [moment + seconds for moment in self.link_free_s]
-        self.started_s = [moment + seconds for moment in self.started_s]
+        self.left_s = [[moment + seconds for moment in left] for left in self.left_s]
 
     def state(self) -> list[float]:
         """Give the moments that the future depends on while every fetch is done before it is needed."""

@@ -24,7 +24,11 @@ class Pipeline:
         self.setup = setup
         self.microbatches = [Microbatch(index, setup.rows) for index in range(setup.num_microbatches)]
         self.staged = record or setup.swap is not None
-        self.flow: Flow | StagedFlow = (StagedFlow if self.staged else Flow)(setup.stages, setup.hop_s)
+        self.flow: Flow | StagedFlow = Flow(setup.stages, setup.hop_s)
+        if self.staged:
+            resident = setup.swap.resident if setup.swap else 1
+            self.flow = StagedFlow(setup.stages, setup.hop_s, resident)
+        self.present: list[int] = []  # microbatches whose KV is on the device, the last used last
         self.line: deque[Microbatch] = deque()  # waiting for stage 0, first to be ready first
         self.under_way: deque[Microbatch] = deque()  # first to end first
         self.next_index = 0  # round robin goes on here
@@ -168,7 +172,8 @@ class Pipeline:
         if isinstance(self.flow, Flow):
             microbatch.ready_s = self.flow.push(start_s, duration_s) + self.return_s
         else:
-            microbatch.ready_s = self.flow.push(start_s, duration_s, self.fetch_s(microbatch)) + self.return_s
+            swapping = self.swap_s(microbatch)
+            microbatch.ready_s = self.flow.push(start_s, duration_s, *swapping) + self.return_s
         self.work_s += duration_s
         self.num_passes += 1
         self.under_way.append(microbatch)
@@ -215,12 +220,29 @@ class Pipeline:
             seconds = times.prompt_s(num_tokens, len(microbatch.prompting), num_tokens / whole)
         return max(seconds, self.step_s(microbatch)) if microbatch.stepping else seconds
 
-    def fetch_s(self, microbatch: Microbatch) -> float:
-        """Give the time to fetch what the next pass reads; nothing where all microbatches fit on the device."""
+    def swap_s(self, microbatch: Microbatch) -> tuple[float, float]:
+        """Give the time to fetch what the pass reads, and to flush its new tokens; nothing where all are resident."""
         swap = self.setup.swap
-        if swap is None or not microbatch.stepping or len(self.microbatches) <= 2:
-            return 0.0
-        return swap.fetch_s(1, microbatch.context)
+        if swap is None or len(self.microbatches) <= swap.resident:
+            return 0.0, 0.0
+        is_here = microbatch.index in self.present
+        self.make_present(microbatch, swap.resident)
+        read = microbatch.context if microbatch.stepping and not is_here else 0
+        written = microbatch.stepping + sum([tokens for _, tokens in microbatch.prompting])
+        return swap.move_s(read), swap.move_s(written)
+
+    def make_present(self, microbatch: Microbatch, resident: int) -> None:
+        """Let a microbatch's KV be on the device, in place of one that has no step to come, or the longest unused."""
+        others = [index for index in self.present if index != microbatch.index]
+        if len(others) == resident:
+            idle = (index for index in others if not self.goes_on(self.microbatches[index]))
+            others.remove(next(idle, others[0]))
+        self.present = [*others, microbatch.index]
+
+    def goes_on(self, microbatch: Microbatch) -> bool:
+        """Tell whether a microbatch has a token step to come after the pass under way."""
+        after = microbatch.steps + (microbatch in self.under_way and microbatch.stepping > 0)
+        return bool(microbatch.prompting) or any(seat.last_step > after for seat in microbatch.active)
 
     def finish_pass(self, microbatch: Microbatch) -> None:
         """Count the tokens of a pass that has left the last stage."""
@@ -352,6 +374,7 @@ class Pipeline:
             microbatch.in_line = microbatch in waiting
             microbatch.ready_s = max(failure.resume_s, microbatch.ready_s if microbatch in self.line else 0.0)
         self.under_way.clear()
+        self.present = []
         self.line = deque(sorted(waiting, key=lambda m: m.ready_s))
         self.flow.delay_until(failure.resume_s)
         self.changes += 1

@@ -16,6 +16,7 @@ from dejavu.planning.times import Line, StageTimes, TimeTable, check_times, cons
 INFINITY = float("inf")
 GB = 1e9
 ADMISSION_S = 0.5e-3  # from the controller to stage 0, as measured between ranks of one host
+RESIDENT = 2  # microbatches on the device, with swapping
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 LayoutKind = Literal["colocated", "data-parallel", "disaggregated"]
@@ -236,7 +237,7 @@ def plan(task: Task, goal: Goal | None = None) -> Plan:
         raise CapacityError(f"no layout fits: even the leanest {least}; give more devices or memory")
     scored.sort(key=lambda each: (-each.score, each.layout.num_devices, each.layout.batch))
     ranked = [replace(each, reason=why_worse(each, scored[0], goal)) for each in scored]
-    return Plan((*ranked, *misfits), goal, tuple(verdicts(scored, misfits)))
+    return Plan((*ranked, *misfits), goal, tuple(verdicts(task, scored, misfits)))
 
 
 def layouts(task: Task) -> Iterator[Layout]:
@@ -246,7 +247,7 @@ def layouts(task: Task) -> Iterator[Layout]:
             layout = replace(plain, batch=batch)
             yield layout
             swapped = replace(layout, swap=True)
-            if task.machine.host_bandwidth and layout.stages > 2 and misfit(task, layout):
+            if task.machine.host_bandwidth and layout.stages > RESIDENT and misfit(task, layout):
                 yield swapped
 
 
@@ -265,12 +266,12 @@ def plain_layouts(task: Task) -> Iterator[Layout]:
 
 
 def needed_bytes(task: Task, layout: Layout) -> float:
-    """Give the memory that the fullest device needs: weights, and the KV of every microbatch, or of two.
+    """Give the memory that the fullest device needs: weights, and the KV of every microbatch, or of the resident ones.
 
-    Token stages also keep the KV of requests whose prompts are under way, or done before there is a row for them.
+    Token stages also keep the KV of requests whose prompts are under way, or done before there is a row for them:
+    in host memory where they swap.
     """
-    microbatches = min(2, layout.stages) if layout.swap else layout.stages
-    sides = [(layout.stages, microbatches + layout.prompt_stages)]
+    sides = [(layout.stages, RESIDENT if layout.swap else layout.stages + layout.prompt_stages)]
     if layout.prompt_stages:
         sides.append((layout.prompt_stages, layout.prompt_stages))
     needs = []
@@ -294,7 +295,7 @@ def make_setup(task: Task, layout: Layout) -> Setup:
     swap = None
     if layout.swap:
         kv = task.shape.kv_bytes_per_token(layout.stages, layout.tp, task.dtype_bytes)
-        swap = Swap(kv, task.machine.host_bandwidth)
+        swap = Swap(kv, task.machine.host_bandwidth, RESIDENT)
     if not layout.prompt_stages:
         times = task.times.stage(layout.stages, layout.tp)
         pipeline = PipelineSetup(layout.stages, times, rows=layout.batch, swap=swap)
@@ -326,14 +327,17 @@ def why_worse(scored: Scored, best: Scored, goal: Goal) -> str:
     return "equal, with more devices or rows"
 
 
-def verdicts(scored: Sequence[Scored], misfits: Sequence[Scored]) -> Iterator[str]:
+def verdicts(task: Task, scored: Sequence[Scored], misfits: Sequence[Scored]) -> Iterator[str]:
     """Say in words whether disaggregation and swapping pay."""
     split = next((each for each in scored if each.layout.kind == "disaggregated"), None)
     whole = next((each for each in scored if each.layout.kind != "disaggregated"), None)
     yield from compare("disaggregation", split, whole, any(each.layout.prompt_stages for each in misfits))
     swapped = next((each for each in scored if each.layout.swap), None)
     resident = next((each for each in scored if not each.layout.swap), None)
-    yield from compare("swapping", swapped, resident, False)
+    if not task.machine.host_bandwidth:
+        yield "swapping was not tried: the bandwidth of the host link is not known"
+    else:
+        yield from compare("swapping", swapped, resident, any(each.layout.swap for each in misfits))
 
 
 def compare(name: str, with_it: Scored | None, without: Scored | None, misfits: bool) -> Iterator[str]:

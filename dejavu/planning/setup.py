@@ -11,22 +11,25 @@ PipelineRole = Literal["both", "prompt", "token"]
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """Keep the KV of two microbatches on the device, and fetch a microbatch's before its step.
+    """Keep the KV of `resident` microbatches on the device, and fetch a microbatch's before its step.
 
-    `bytes_per_token` is the KV of one token of one row in one stage; `bandwidth` is the host link's, bytes/s.
+    `bytes_per_token` is the KV of one token of one row in one stage; `bandwidth` is the host link's, bytes/s each way.
     """
 
     bytes_per_token: float
     bandwidth: float
+    resident: int = 2
 
     def __post_init__(self) -> None:
+        if self.resident < 1:
+            raise UsageError(f"{self.resident} resident microbatches cannot step: give at least 1")
         check_times(swap_bytes_per_token=self.bytes_per_token)
         if not self.bandwidth > 0:
             raise UsageError(f"a host link of {self.bandwidth:g} bytes/s moves nothing: give more than 0")
 
-    def fetch_s(self, num_rows: int, context: float) -> float:
-        """Give the time to fetch the KV of `num_rows` rows with a mean of `context` tokens."""
-        return num_rows * context * self.bytes_per_token / self.bandwidth
+    def move_s(self, num_tokens: float) -> float:
+        """Give the time to fetch, or to flush, the KV of so many tokens."""
+        return num_tokens * self.bytes_per_token / self.bandwidth
 
 
 @dataclass(frozen=True, slots=True)

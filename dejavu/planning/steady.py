@@ -102,7 +102,7 @@ def steps_alike(pipeline: "Pipeline", microbatch: Microbatch) -> int:
     pipeline.step_s(microbatch)
     alike: float = microbatch.same_until - microbatch.steps
     swap = pipeline.setup.swap
-    if swap and swap.bytes_per_token and len(pipeline.microbatches) > 2:
+    if swap and swap.bytes_per_token and len(pipeline.microbatches) > swap.resident:
         shortest_s = min([pipeline.step_s(other) for other in pipeline.microbatches if other.active])
         alike = min(
             alike, (shortest_s * swap.bandwidth / swap.bytes_per_token - microbatch.context) / len(microbatch.active)

@@ -140,6 +140,19 @@ def test_plans_that_swap_are_profiles_that_serve_takes():
     assert config.resident_of(config.pipeline_shapes[-1]) == 2
 
 
+def test_plans_that_swap_say_so():
+    for layout in (Layout(4, batch=2, swap=True), Layout(3, prompt_stages=1, batch=2, swap=True)):
+        config = make_config(serve_profile(layout))
+        assert config.swap
+        token_side = config.pipeline_shapes[-1]
+        assert config.resident_of(token_side) == 2
+    assert not make_config(serve_profile(Layout(4))).swap
+    unknown = plan(replace(TASK, batches=(1,)))
+    assert "swapping was not tried: the bandwidth of the host link is not known" in unknown.verdicts
+    tiny = plan(replace(TASK, machine=Machine(4, 15e6, host_bandwidth=1e12), batches=(1, 64)))
+    assert any(text == "swapping does not pay: no such layout fits" for text in tiny.verdicts), tiny.verdicts
+
+
 # -- profiles ----------------------------------------------------------------------------------------------------------
 
 

@@ -291,10 +291,31 @@ def test_swapped_steps_take_the_longer_of_compute_and_fetch(bandwidth):
     assert (result.stall_s > 0) == (bandwidth < 200)
 
 
-def test_two_microbatches_need_no_fetch():
-    swap = Swap(1.0, 1.0)
-    result = simulate(colocated(PipelineSetup(2, FixedTimes(1.0, 1.0), swap=swap)), requests_of([9, 9]))
-    assert result.stall_s == 0
+@pytest.mark.parametrize(("resident", "requests"), [(2, 2), (4, 4), (5, 9), (3, 3)])
+def test_resident_microbatches_need_no_fetch(resident, requests):
+    """Nothing is fetched where all microbatches that have a request are on the device."""
+    pipeline = PipelineSetup(4, FixedTimes(1.0, 1.0), swap=Swap(1.0, 1.0, resident))
+    assert simulate(colocated(pipeline), requests_of([9] * requests)).stall_s == 0
+
+
+def test_fetches_by_hand():
+    """One stage, three rows in turn: 10 tokens fetch in 0.5 s, when the row before the last has left and is flushed."""
+    pipeline = PipelineSetup(1, FixedTimes(1.0, 0.1), microbatches=3, swap=Swap(1.0, 20.0))
+    result = simulate(colocated(pipeline), requests_of([2, 2, 2]))
+    # prompts end at 1, 2, 3, flushed 0.5 later; row 0's fetch begins when row 1 is, at 2.5, row 1's at 3.5, and
+    # row 2 is here still
+    assert result.finish_s.tolist() == pytest.approx([3.1, 4.1, 4.2])
+    assert result.stall_s == pytest.approx(0.9)
+
+
+def test_more_resident_microbatches_are_fetched_earlier():
+    stalls = [
+        simulate(
+            colocated(PipelineSetup(5, FixedTimes(1.0, 0.2), swap=Swap(1.0, 90.0, resident))), requests_of([40] * 5)
+        ).stall_s
+        for resident in (1, 2, 4)
+    ]
+    assert stalls[0] > stalls[1] >= stalls[2]
 
 
 @pytest.mark.parametrize(("kv_lost", "end_s"), [(False, 3.45), (True, 4.35)])
@@ -343,6 +364,7 @@ def test_failures_delay_and_lose_nothing(requests, layout, kills, kv_lost):
         (lambda: FixedTimes(-1.0, 1.0), "prompt_ms -1000"),
         (lambda: PipelineSetup(0, FixedTimes(1, 1)), "stages 0"),
         (lambda: Swap(1.0, 0.0), "host link"),
+        (lambda: Swap(1.0, 1.0, 0), "0 resident microbatches"),
         (lambda: Setup((PipelineSetup(1, FixedTimes(1, 1), "token"),)), "pipelines have to be"),
         (lambda: colocated(PipelineSetup(1, FixedTimes(1, 1)), failures=(Failure(1.0, 3),)), "no pipeline 3"),
     ],
