@@ -67,6 +67,7 @@ CASES = (
     ),
     Case("pp3-swapped", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "4G"}),
     Case("pp3-swapped-slow-link", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "700M"}),
+    Case("prompt1-token2-swapped", SWAPPED | {"prompt_pp": 1, "token_pp": 2, "synthetic_link": "1G"}),
 )
 
 WAIVED = {
@@ -171,7 +172,8 @@ def swap_of(config: ServeConfig, shape: PipelineShape) -> Swap | None:
     assert config.synthetic_link
     spec = MODELS[config.model]
     layers = -(-spec.num_layers // shape.pp)
-    return Swap(spec.kv_bytes_per_token(ITEM_BYTES[spec.dtype], layers, shape.tp), config.synthetic_link)
+    token_bytes = spec.kv_bytes_per_token(ITEM_BYTES[spec.dtype], layers, shape.tp)
+    return Swap(token_bytes, config.synthetic_link, config.resident)
 
 
 def make_requests(lengths: Sequence[Lengths]) -> list[Request]:
