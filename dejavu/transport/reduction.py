@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ONE_SHOT_BYTES = 1 << 20  # where two shots become faster on 2 H200: docs/notes.md
 TWO_SHOT_BYTES = 8 << 20
 ALONE_BYTES = 32 << 20  # in two shots, where there is no NCCL
+SHARED_ONE_SHOT_BYTES = 4 << 20  # where ranks share a GPU, and each wait costs a time slice
 
 
 class GroupSum(Closing):
@@ -214,5 +215,5 @@ def choose_plan(places: Sequence[Place]) -> SumPlan:
             raise UnavailableError(f"a tensor group on several hosts sums by NCCL: {without_nccl}")
         return SumPlan(size, 0, 0, has_nccl=True)
     if without_nccl:
-        return SumPlan(size, ONE_SHOT_BYTES, ALONE_BYTES)
+        return SumPlan(size, SHARED_ONE_SHOT_BYTES if shares_gpu else ONE_SHOT_BYTES, ALONE_BYTES)
     return SumPlan(size, ONE_SHOT_BYTES, TWO_SHOT_BYTES, has_nccl=True)

@@ -77,6 +77,7 @@ def test_the_plan_follows_where_the_ranks_are():
     assert between.way(16) is Way.NCCL
     shared = choose_plan(places(("a", "0"), ("a", "0")))
     assert not shared.has_nccl
+    assert shared.one_shot_bytes > apart.one_shot_bytes  # a second wait would cost a second time slice
     assert shared.way(1 << 30) is Way.TWO_SHOT
     assert not choose_plan(places(("a", "0"), ("a", "1"), without="it is not installed")).has_nccl
 
