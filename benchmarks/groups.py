@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -39,6 +40,7 @@ Work = Callable[["Tensor"], None]
 @click.option("--ranks", default=2, show_default=True, type=click.IntRange(2, 8), help="Ranks of the tensor group.")
 @click.option("--sum-kib", default=SUM_KIB, show_default=True, help="Sizes of sums, KiB.")
 @click.option("--hop-kib", default=HOP_KIB, show_default=True, help="Sizes of hidden states handed over, KiB.")
+@click.option("--grids", default="1024x128", show_default=True, help="Threads and blocks of kernels: 256x64,1024x128.")
 @click.option("--repeats", default=7, show_default=True, type=click.IntRange(1), help="Repeats; the median counts.")
 @click.option("--verbose", is_flag=True, help="Print each row as it is measured.")
 @click.option("--out", help="The run directory.")
@@ -91,52 +93,72 @@ def measure_sums(world: "RankWorld", sizes: list[int], options: Row) -> tuple[li
     """Time every way at every size; also say what the library chooses here."""
     rows = []
     with ExitStack() as held:
-        ways, notes = open_ways(world, held, max(sizes))
+        ways, notes = open_ways(world, held, max(sizes), options["grids"])
         ceiling = CopyCeiling(world, max(sizes))
         held.callback(ceiling.close)
         for nbytes in sizes:
             copy_us = ceiling.measure(nbytes, options["repeats"])
-            for way, (work, most_bytes) in ways.items():
-                if nbytes <= most_bytes:
-                    rows.append(measure_sum(world, way, work, nbytes, copy_us, options["repeats"]))
+            for way in ways:
+                if nbytes <= way.most_bytes:
+                    rows.append(measure_sum(world, way, nbytes, copy_us, options["repeats"]))
                     tell(world, rows[-1], options)
     return rows, notes
 
 
-def open_ways(world: "RankWorld", held: ExitStack, largest: int) -> tuple[dict[str, tuple[Work, int]], list[str]]:
-    """Open each way by itself; gives its work and the most bytes that it takes, and what the library chooses."""
+@dataclass(frozen=True, slots=True)
+class Summing:
+    """Be one way to sum, with the grid of its kernels, where it has one."""
+
+    name: str
+    work: Work
+    most_bytes: int
+    threads: int | None = None
+    blocks: int | None = None
+
+
+def open_ways(world: "RankWorld", held: ExitStack, largest: int, grids: str) -> tuple[list[Summing], list[str]]:
+    """Open each way by itself; also say what the library chooses."""
     from dejavu.transport.mpi import Channel
 
     if world.device.properties.kind == "cpu":
         channel = Channel(world.comm, DEADLINE_S)
         held.callback(channel.close)
-        return {"mpi": (lambda tensor: channel.all_reduce(tensor, range(channel.size)), largest)}, []
-    return open_cuda_ways(world, held, largest)
+        return [Summing("mpi", lambda tensor: channel.all_reduce(tensor, range(channel.size)), largest)], []
+    return open_cuda_ways(world, held, largest, grids)
 
 
-def open_cuda_ways(world: "RankWorld", held: ExitStack, largest: int) -> tuple[dict[str, tuple[Work, int]], list[str]]:
+def open_cuda_ways(world: "RankWorld", held: ExitStack, largest: int, grids: str) -> tuple[list[Summing], list[str]]:
     """Open the two kinds of kernels, and NCCL where the ranks have a GPU each."""
     from dejavu.transport.nccl_group import NcclGroup
+    from dejavu.transport.reduction import GroupSum, meet, without_nccl
+
+    device, exchange = world.device, world.comm.allgather
+    ways = [way for grid in grids.split(",") for way in open_kernels(world, held, largest, grid)]
+    if without_nccl(meet(device, exchange)) is None:
+        nccl = NcclGroup(device, exchange, world.rank)
+        held.callback(nccl.close)
+        ways.append(Summing("nccl", nccl.sum, largest))
+    chosen = held.enter_context(GroupSum(device, exchange, world.rank))
+    return [*ways, Summing("chosen", chosen, largest)], [chosen.describe()]
+
+
+def open_kernels(world: "RankWorld", held: ExitStack, largest: int, grid: str) -> list[Summing]:
+    """Open one shot and two shots with one grid."""
     from dejavu.transport.reduction import GroupSum
     from dejavu.transport.sum_plan import SumPlan
 
-    device, exchange, size = world.device, world.comm.allgather, world.comm.size
-    one_bytes = ONE_SHOT_KIB * KIB
-    one = GroupSum(device, exchange, world.rank, plan=SumPlan(size, one_bytes, one_bytes))
-    two = GroupSum(device, exchange, world.rank, plan=SumPlan(size, 0, max(largest, one_bytes)))
-    chosen = GroupSum(device, exchange, world.rank)
-    for group in (one, two, chosen):
-        held.enter_context(group)
-    ways: dict[str, tuple[Work, int]] = {"one-shot": (one, one_bytes), "two-shot": (two, largest)}
-    if chosen.plan.has_nccl:
-        nccl = NcclGroup(device, exchange, world.rank)
-        held.callback(nccl.close)
-        ways["nccl"] = (nccl.sum, largest)
-    ways["chosen"] = (chosen, largest)
-    return ways, [chosen.describe()]
+    threads, blocks = (numbers(part, "--grids")[0] for part in grid.split("x"))
+    most = {"one-shot": ONE_SHOT_KIB * KIB, "two-shot": largest}
+    ways = []
+    for name, most_bytes in most.items():
+        one_bytes = most_bytes if name == "one-shot" else 0
+        plan = SumPlan(world.comm.size, one_bytes, most_bytes, threads, blocks, blocks)
+        group = held.enter_context(GroupSum(world.device, world.comm.allgather, world.rank, plan=plan))
+        ways.append(Summing(name, group, most_bytes, threads, blocks))
+    return ways
 
 
-def measure_sum(world: "RankWorld", way: str, work: Work, nbytes: int, copy_us: float, repeats: int) -> Row:
+def measure_sum(world: "RankWorld", way: Summing, nbytes: int, copy_us: float, repeats: int) -> Row:
     """Check and time one way at one size."""
     import torch
 
@@ -145,12 +167,13 @@ def measure_sum(world: "RankWorld", way: str, work: Work, nbytes: int, copy_us: 
     for turn in range(3):
         parts = [random_part(world, nbytes, dtype, rank, turn) for rank in range(world.comm.size)]
         mine = parts[world.rank].clone()
-        work(mine)
+        way.work(mine)
         wrong += count_wrong(mine, parts)
-    us, post_us = Timer(world, work, nbytes, repeats).measure()
+    us, post_us = Timer(world, way.work, nbytes, repeats).measure()
     wrong = int(sum(each[0] for each in world.share(wrong)))
     percent = 100 * copy_us / us
-    columns = {"what": "sum", "way": way, "kib": nbytes / KIB, "us": us, "copy_us": copy_us}
+    grid = {"threads": way.threads, "blocks": way.blocks}
+    columns = {"what": "sum", "way": way.name, **grid, "kib": nbytes / KIB, "us": us, "copy_us": copy_us}
     return {**columns, "of_copy_percent": percent, "post_us": post_us, "wrong": wrong}
 
 
@@ -403,7 +426,15 @@ def measure_hop(pair: "RankWorld", way: str, echo: Echo, nbytes: int, repeats: i
         wrong += count_differing(back, tensor) if pair.rank == 0 else 0
     us, post_us = (statistics.median(column) for column in zip(*times[1:], strict=True))
     copy_us = copy_between(pair, nbytes, repeats)
-    columns = {"what": "hop", "way": way, "kib": nbytes / KIB, "us": us, "copy_us": copy_us}
+    columns = {
+        "what": "hop",
+        "way": way,
+        "threads": None,
+        "blocks": None,
+        "kib": nbytes / KIB,
+        "us": us,
+        "copy_us": copy_us,
+    }
     wrong = int(pair.share(wrong)[0][0])
     return {**columns, "of_copy_percent": 100 * copy_us / us, "post_us": post_us, "wrong": wrong}
 

@@ -1,8 +1,8 @@
 """The sum of a tensor over the ranks of a tensor group, on the GPU, without the host: two to four in every layer.
 
 Ranks of one host add up through memory that they have mapped of each other, by kernels that wait for the others'
-kernels: small messages in one shot, medium ones in two. Large ones, and all between hosts, take NCCL. Every way adds
-in the order of ranks or, for two ranks, gives the same bits in any order.
+kernels: small messages in one shot, larger ones in two; both add in the order of ranks, in float32. Between hosts sums
+take NCCL.
 
 Ranks that share a GPU take turns on it, and a kernel that waits holds it until its time slice ends: a sum then takes
 milliseconds instead of microseconds. That is for tests; NCCL refuses it altogether.
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from dejavu.device.cuda_sums import SumKernels
 
 ONE_SHOT_BYTES = 1 << 20  # where two shots become faster on 2 H200: docs/notes.md
-TWO_SHOT_BYTES = 8 << 20
-ALONE_BYTES = 32 << 20  # in two shots, where there is no NCCL
+TWO_SHOT_BYTES = 32 << 20  # of one launch
 SHARED_ONE_SHOT_BYTES = 4 << 20  # where ranks share a GPU, and each wait costs a time slice
 
 
@@ -63,10 +62,10 @@ class GroupSum(Closing):
         self._nccl: NcclGroup | None = None
         places = meet(device, exchange)
         self.plan = plan or choose_plan(places)
-        if self.plan.has_nccl:
-            self._nccl = NcclGroup(device, exchange, rank)
         if self.plan.two_shot_bytes:
             self._open(rank, deadline_s)
+        else:
+            self._nccl = NcclGroup(device, exchange, rank)
 
     def __call__(self, tensor: "Tensor") -> None:
         """Queue the sum of a contiguous float32, float16 or bfloat16 tensor, in place, on torch's current stream.
@@ -102,14 +101,9 @@ class GroupSum(Closing):
 
     def describe(self) -> str:
         """Say which way sums go, for people."""
-        plan, ways = self.plan, []
-        if plan.one_shot_bytes:
-            ways.append(f"one shot up to {plan.one_shot_bytes >> 10} KiB")
-        if plan.two_shot_bytes:
-            ways.append(f"two shots up to {plan.two_shot_bytes >> 10} KiB" if plan.has_nccl else "two shots beyond")
-        if plan.has_nccl:
-            ways.append("nccl beyond" if ways else "nccl")
-        return f"sums of {plan.size} ranks: {', '.join(ways)}"
+        plan = self.plan
+        kernels = f"one shot up to {plan.one_shot_bytes >> 10} KiB, two shots beyond"
+        return f"sums of {plan.size} ranks: {kernels if plan.two_shot_bytes else 'nccl'}"
 
     def close(self) -> None:
         """Free the memory, once the other ranks do so too, and have unmapped it; at once after an abort."""
@@ -202,18 +196,20 @@ def meet(device: Device, exchange: Exchange) -> list[Place]:
 
 
 def choose_plan(places: Sequence[Place]) -> SumPlan:
-    """Choose by where the ranks are: each has its own GPU or shares one, all on one host or not."""
+    """Choose by where the ranks are: all on one host or not, each with its own GPU or not."""
     size = len(places)
     if size > MAX_RANKS:
         raise UnavailableError(f"a tensor group has at most {MAX_RANKS} ranks, not {size}: use more pipeline stages")
     shares_gpu = len({(place.host, place.bus_id) for place in places}) < size
-    without_nccl = next((place.without_nccl for place in places if place.without_nccl), None)
-    if shares_gpu:
-        without_nccl = "two ranks share a GPU, which NCCL cannot: give each rank its own"
-    if len({place.host for place in places}) > 1:
-        if without_nccl:
-            raise UnavailableError(f"a tensor group on several hosts sums by NCCL: {without_nccl}")
-        return SumPlan(size, 0, 0, has_nccl=True)
-    if without_nccl:
-        return SumPlan(size, SHARED_ONE_SHOT_BYTES if shares_gpu else ONE_SHOT_BYTES, ALONE_BYTES)
-    return SumPlan(size, ONE_SHOT_BYTES, TWO_SHOT_BYTES, has_nccl=True)
+    if len({place.host for place in places}) == 1:
+        return SumPlan(size, SHARED_ONE_SHOT_BYTES if shares_gpu else ONE_SHOT_BYTES, TWO_SHOT_BYTES)
+    if reason := without_nccl(places):
+        raise UnavailableError(f"a tensor group on several hosts sums by NCCL: {reason}")
+    return SumPlan(size, 0, 0)
+
+
+def without_nccl(places: Sequence[Place]) -> str | None:
+    """Say what keeps the ranks from using NCCL, or None."""
+    if len({(place.host, place.bus_id) for place in places}) < len(places):
+        return "two ranks share a GPU, which NCCL cannot: give each rank its own"
+    return next((place.without_nccl for place in places if place.without_nccl), None)

@@ -35,16 +35,14 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class SumPlan:
-    """Say how messages of a group of `size` ranks are summed, by their bytes; a way whose limit is 0 is not used.
+    """Say how messages of a group of `size` ranks are summed, by their bytes.
 
-    Up to `one_shot_bytes` in one shot, up to `two_shot_bytes` in two, beyond that by NCCL, or where that cannot be, in
-    pieces of `two_shot_bytes`.
+    Up to `one_shot_bytes` in one shot, beyond in two, in pieces of `two_shot_bytes`; where that is 0, by NCCL.
     """
 
     size: int
     one_shot_bytes: int
     two_shot_bytes: int
-    has_nccl: bool = False
     threads: int = 1024  # of a block, these and the blocks as measured on 2 H200
     one_shot_blocks: int = 128
     two_shot_blocks: int = 128
@@ -53,9 +51,7 @@ class SumPlan:
         """Choose for a message."""
         if nbytes <= self.one_shot_bytes:
             return Way.ONE_SHOT
-        if nbytes <= self.two_shot_bytes or not self.has_nccl:
-            return Way.TWO_SHOT
-        return Way.NCCL
+        return Way.TWO_SHOT if self.two_shot_bytes else Way.NCCL
 
     @property
     def lines_offset(self) -> int:

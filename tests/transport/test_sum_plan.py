@@ -54,15 +54,11 @@ def test_one_shot_has_a_thread_for_each_line_until_there_are_too_many(plan, line
     assert grid.blocks * grid.threads >= lines or grid.blocks == plan.one_shot_blocks
 
 
-def test_small_messages_go_in_one_shot_medium_ones_in_two_and_large_ones_by_nccl():
-    plan = SumPlan(2, 1000, 2000, has_nccl=True)
-    assert [plan.way(n) for n in (1, 1000, 1001, 2000, 2001)] == [
-        *[Way.ONE_SHOT] * 2,
-        *[Way.TWO_SHOT] * 2,
-        Way.NCCL,
-    ]
-    assert SumPlan(2, 1000, 2000).way(1 << 30) is Way.TWO_SHOT
-    assert SumPlan(2, 0, 0, has_nccl=True).way(1) is Way.NCCL
+def test_small_messages_go_in_one_shot_and_larger_ones_in_two_or_all_by_nccl():
+    plan = SumPlan(2, 1000, 2000)
+    assert [plan.way(n) for n in (1, 1000)] == [Way.ONE_SHOT] * 2
+    assert [plan.way(n) for n in (1001, 2001, 1 << 30)] == [Way.TWO_SHOT] * 3
+    assert SumPlan(2, 0, 0).way(1) is Way.NCCL
 
 
 def places(*pairs, without=None):
@@ -71,15 +67,14 @@ def places(*pairs, without=None):
 
 def test_the_plan_follows_where_the_ranks_are():
     apart = choose_plan(places(("a", "0"), ("a", "1")))
-    assert apart.has_nccl
-    assert apart.one_shot_bytes
+    assert apart.way(16) is Way.ONE_SHOT
     between = choose_plan(places(("a", "0"), ("b", "0")))
     assert between.way(16) is Way.NCCL
     shared = choose_plan(places(("a", "0"), ("a", "0")))
-    assert not shared.has_nccl
     assert shared.one_shot_bytes > apart.one_shot_bytes  # a second wait would cost a second time slice
     assert shared.way(1 << 30) is Way.TWO_SHOT
-    assert not choose_plan(places(("a", "0"), ("a", "1"), without="it is not installed")).has_nccl
+    without = choose_plan(places(("a", "0"), ("a", "1"), without="it is not installed"))
+    assert without.way(1 << 30) is Way.TWO_SHOT
 
 
 def test_groups_that_cannot_sum_say_why():
