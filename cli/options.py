@@ -27,6 +27,7 @@ OWN_METAVARS = {
     "ttft": "MS",
     "tpot": "MS",
     "stall_timeout": "SECONDS",
+    "hang_timeout": "SECONDS",
 }
 
 

@@ -124,6 +124,9 @@ class ServeConfig(BaseModel):
     replica_transport: Literal["auto", "tcp", "mpi"] = option(
         "auto", "Failures", "What carries replicas to another host, tcp by default; one host shares memory by default."
     )
+    hang_timeout: float = option(
+        10.0, "Failures", "Seconds that a process may stand still, stopped by a signal, before it is ended.", gt=0
+    )
     spares: int = option(
         0, "Failures", "Ranks that wait to take the place of one that dies; serving goes on meanwhile.", ge=0
     )

@@ -1,11 +1,16 @@
 """Keep the ranks of a run together: assemble them, and after the loss of one let a spare take its place."""
 
+import os
 import time
 from collections.abc import Mapping
+from math import nan
+from pathlib import Path
 from typing import Any
 
 from dejavu.cluster.accelerator import share_memory
+from dejavu.cluster.injection import IncidentLog
 from dejavu.cluster.keeping import needs_replica_carrier
+from dejavu.cluster.launcher import RUN_DIR
 from dejavu.engine.controller import Controller
 from dejavu.engine.messages import Ready
 from dejavu.engine.recovery import Death, Gathered
@@ -29,6 +34,7 @@ class Rounds:
         self.setup = setup
         channel.is_recoverable = setup.is_recoverable
         self.false_alarms = 0
+        self.incidents = IncidentLog(Path(os.environ.get(RUN_DIR, "/nowhere")))
 
     def reform(self, error: PeerLostError) -> tuple[Death, ...]:
         """Find out who is left, and let spares take the places of the dead; raise the error where that cannot be."""
@@ -43,8 +49,15 @@ class Rounds:
         if vacant := [rank for rank in membership.vacant if rank < topology.first_spare]:
             who = ", ".join(f"{topology.name(rank)} (rank {before.places[rank]})" for rank in vacant)
             raise PeerLostError(f"{who} died and no spare is left to take over: start with more --spares") from error
-        deaths = [Death(topology.name(rank), before.places[rank] or 0, membership.places[rank]) for rank in lost]
-        return tuple(deaths)
+        return tuple(self.describe(rank, before.places[rank] or 0) for rank in lost)
+
+    def describe(self, rank: int, process: int) -> Death:
+        """Say what is known of a process that died."""
+        mine = [incident for incident in self.incidents.read() if incident.process == process]
+        injected_s = min((incident.time_s for incident in mine if incident.fault >= 0), default=nan)
+        is_hang = any(incident.kind != "kill" for incident in mine)
+        successor = self.channel.membership.places[rank]
+        return Death(self.setup.topology.name(rank), process, successor, "hang" if is_hang else "death", injected_s)
 
 
 class WorkerCompany(Rounds):
@@ -71,7 +84,8 @@ class WorkerCompany(Rounds):
         share_clock(self.channel, ranks, self.controller.clock)
         lanes = self.controller.seating.lanes
         left = [join_restored((ready[rank].keeps_kv, ready[rank].tokens) for rank in lane.ranks) for lane in lanes]
-        return Gathered(left, sum(answer.restored_bytes for answer in ready.values()))
+        num_bytes = sum(answer.restored_bytes for answer in ready.values())
+        return Gathered(left, num_bytes, sum(answer.kept_bytes for answer in ready.values()))
 
     def assemble(self) -> None:
         """Gather everybody at the start; nothing to do where a loss has made that necessary already."""

@@ -161,7 +161,7 @@ class Holdings:
 
     The pool is `memory` as [block, layer, k/v, token, kv_head, head_dim]: zeros, or with `has_kv` what this place's
     last process or epoch left there. Synthetic stages have none; swapped memory is made anew, and what was in it is
-    lost.
+    lost. `kept_bytes` are those that this process found, until it has told.
     """
 
     stage: Stage
@@ -169,6 +169,7 @@ class Holdings:
     memory: Buffer | None
     meter: CpuMeter
     has_kv: bool = False
+    kept_bytes: int = 0
     steps: list[StepRecord] = field(default_factory=list)
 
 

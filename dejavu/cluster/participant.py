@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +24,17 @@ from dejavu.cluster.engine import (
     open_links,
     rank_cache,
 )
+from dejavu.cluster.injection import IncidentLog, Injector, Tripwire, faults_for, from_environment
 from dejavu.cluster.keeping import open_vault, take_pool
+from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.links import Links
 from dejavu.device.base import Device
 from dejavu.device.vault import Vault
 from dejavu.engine.messages import Ready, Report
 from dejavu.engine.setup import EngineSetup
+from dejavu.engine.worker import Worker
 from dejavu.errors import CapacityError, PeerLostError, TransferError
+from dejavu.measure.clock import RunClock
 from dejavu.measure.cpu import CpuMeter
 from dejavu.topology import CONTROLLER, Placement
 from dejavu.transport.mpi import Channel
@@ -45,7 +50,7 @@ def hold(site: Site, links: Links, stack: ExitStack) -> Holdings:
     layout = rank_cache(site.setup, site.placement).layout
     memory, has_kv = take_pool(site.vault, site.device, site.placement, layout)
     pool = stack.enter_context(memory).view(0, layout.total_bytes).tensor(dtype_of(site.setup), layout.shape)
-    return Holdings(stage, pool, memory, CpuMeter(), has_kv)
+    return Holdings(stage, pool, memory, CpuMeter(), has_kv, memory.nbytes if has_kv else 0)
 
 
 def run_worker(channel: Channel, setup: EngineSetup) -> None:
@@ -86,13 +91,13 @@ class Participant:
             holdings = self.holdings = self.hold(site, links)
             swap = make_swap(site, ties) if site.cache.is_swapped else None
             mover, restored = make_mover(site, comm, holdings, swap, ties)
-            notes = tuple(links.describe())
             tokens = {row.serial: row.length for row in restored.rows.values()}
-            load_s = time.monotonic() - started
-            channel.send(CONTROLLER, Ready(load_s, notes, holdings.has_kv, tokens, restored.nbytes, restored.seconds))
-            holdings.has_kv = swap is None
+            found = tuple(links.describe()), holdings.has_kv, tokens, restored.nbytes, restored.seconds
+            channel.send(CONTROLLER, Ready(time.monotonic() - started, *found, holdings.kept_bytes))
+            holdings.has_kv, holdings.kept_bytes = swap is None, 0
             clock = join_clock(channel)
             worker = make_worker(site, holdings, swap, mover, links, clock)
+            self.lay_tripwire(worker, clock)
             worker.run()
             report = Report(holdings.steps, holdings.meter.read(), worker.flights.host_s)
             channel.send(CONTROLLER, mover.report(report, channel.rank, clock.at_s))
@@ -102,6 +107,15 @@ class Participant:
         if not self.vault and not self.setup.config.synthetic:
             self.vault = self.stack.enter_context(open_vault(self.setup))
         return self.vault
+
+    def lay_tripwire(self, worker: Worker, clock: RunClock) -> None:
+        """Let this worker fail where it was asked to."""
+        topology = self.setup.topology
+        mine = faults_for(from_environment(os.environ), self.channel.rank, topology)
+        if mine:
+            drop = self.vault.drop if self.vault else lambda prefix: None
+            injector = Injector(mine, IncidentLog(Path(os.environ[RUN_DIR])), drop, topology)
+            worker.source = Tripwire(worker.source, injector, self.channel.process, clock.now_s)
 
     def hold(self, site: Site, links: Links) -> Holdings:
         """Give what this worker holds; a stage whose graphs sum over links that are no more is loaded again."""

@@ -3,16 +3,21 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from dejavu.cluster.accelerator import accelerator_index
 from dejavu.cluster.engine import Outcome, run_controller
+from dejavu.cluster.injection import IncidentLog, Injector, faults_for, from_environment
 from dejavu.cluster.job import Job, prepare
+from dejavu.cluster.keeping import open_vault
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.process import refuse
 from dejavu.cluster.standby import say_farewell, stand_by
+from dejavu.cluster.watchdog import Watchdog
 from dejavu.config import ServeConfig
 from dejavu.device import cuda_device_name
 from dejavu.device.host_memory import available_bytes
@@ -61,8 +66,21 @@ def work(channel: Channel) -> int:
     if start is not None:
         setup, os.environ[RUN_DIR] = start
         channel.send(CONTROLLER, (host_name(), device_name(channel, setup)))
-        stand_by(channel, setup)
+        with watching(channel, setup.config):
+            stand_by(channel, setup)
     return 0
+
+
+@contextmanager
+def watching(channel: Channel, config: ServeConfig) -> Iterator[None]:
+    """Watch another process of this host meanwhile, and end it where it hangs."""
+    log = IncidentLog(Path(os.environ[RUN_DIR]))
+    watchdog = Watchdog(channel, config.hang_timeout, log)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.stop()
 
 
 def device_name(channel: Channel, setup: EngineSetup) -> str:
@@ -91,9 +109,10 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     write_description(directory, job, places)
     directory.write_status({"state": "loading"})
     make_stream = job.tokenizer.stream if job.tokenizer else None
-    completions, outcome = run_controller(
-        channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream, announce
-    )
+    with watching(channel, config):
+        completions, outcome = run_controller(
+            channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream, announce
+        )
     summary = write_results(directory, job, completions, outcome)
     show(completions if config.workload else [], summary, directory)  # what follows random prompts says nothing
     directory.write_result("ok", 0)
@@ -156,13 +175,41 @@ def write_description(directory: RunDirectory, job: Job, places: list[tuple[str,
 def serve_all(controller: Controller, job: Job, directory: RunDirectory) -> list[Completion]:
     """Serve the workload, writing the status a few times a second; give the completions in the workload's order."""
     completions = {}
-    tick = every(STATUS_EVERY_S, lambda: directory.write_status(status(controller, "serving")))
+    show_status = every(STATUS_EVERY_S, lambda: directory.write_status(status(controller, "serving")))
+    inject = make_injection(controller, job.setup, directory)
+
+    def tick() -> None:
+        inject()
+        show_status()
+
     for request in job.requests:
         controller.submit(request)
     for _, completion in controller.events(tick):
         completions[completion.request.request_id] = completion
     directory.write_status(status(controller, "serving"))
     return [completions[request.request_id] for request in job.requests]
+
+
+def make_injection(controller: Controller, setup: EngineSetup, directory: RunDirectory) -> Callable[[], None]:
+    """Make what causes, again and again, the failures that were asked for and that no worker causes by itself."""
+    mine = faults_for(from_environment(os.environ), CONTROLLER, setup.topology)
+    if not mine:
+        return lambda: None
+    injector = Injector(mine, IncidentLog(directory.path), partial(drop_memory, setup), setup.topology)
+    channel, lanes = controller.channel, controller.seating.lanes
+
+    def find(rank: int) -> tuple[int, int] | None:
+        process = channel.membership.places[rank]
+        return None if process is None else (process, channel.pids[process])
+
+    return lambda: injector.look(max(max(lane.steps) for lane in lanes), controller.clock.now_s(), find)
+
+
+def drop_memory(setup: EngineSetup, prefix: str) -> None:
+    """Let this host's keeper forget what a place has."""
+    if not setup.config.synthetic:
+        with open_vault(setup) as vault:
+            vault.drop(prefix)
 
 
 def every(seconds: float, action: Callable[[], None]) -> Callable[[], None]:

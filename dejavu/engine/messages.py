@@ -148,6 +148,7 @@ class Ready:
     tokens: Mapping[int, int] = field(default_factory=dict)  # else: of each request, by serial, the first so many
     restored_bytes: int = 0  # that came back from a replica
     restore_s: float = 0.0
+    kept_bytes: int = 0  # of KV that a new process of this place found at the keeper
 
 
 @dataclass(frozen=True, slots=True)

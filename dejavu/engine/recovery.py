@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from math import nan
+from typing import Literal, Protocol
 
 from dejavu.engine.seating import Repeated, Restored
 from dejavu.errors import PeerLostError
@@ -16,6 +17,8 @@ class Death:
     target: str  # in words, such as "token stage 1"
     process: int
     successor: int | None  # None where a spare died
+    kind: Literal["death", "hang"] = "death"
+    injected_s: float = nan  # where it was caused on purpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,8 @@ class Outage:
 
 def describe(record: FailureRecord, successor: int | None, kept_bytes: int) -> str:
     """Say in one line who died, who takes over, what was restored, and how long it took."""
-    who = f"{record.target} (rank {record.rank}) died, seen at {record.detected_s:.2f} s"
+    how = "died" if record.kind == "death" else "stood still and was ended"
+    who = f"{record.target} (rank {record.rank}) {how}, seen at {record.detected_s:.2f} s"
     if successor is None:
         return f"{who}: nobody needs to take over, serving went on after {1e3 * record.recovery_s:.0f} ms"
     said = [f"rank {successor} takes over", *restoration(record, kept_bytes)]
@@ -65,9 +69,9 @@ def restoration(record: FailureRecord, kept_bytes: int) -> list[str]:
     """Say what was restored from where, and what has to be computed again."""
     said = []
     if kept_bytes:
-        said.append(f"{kept_bytes / 2**20:.0f} MB of KV kept on the host")
+        said.append(f"{megabytes(kept_bytes)} of KV kept on the host")
     if record.bytes_restored:
-        said.append(f"{record.bytes_restored / 2**20:.0f} MB of KV restored from replicas")
+        said.append(f"{megabytes(record.bytes_restored)} of KV restored from replicas")
     if record.prompts_recomputed:
         said.append(f"{record.prompts_recomputed} prompts computed again")
     elif record.tokens_replayed:
@@ -75,6 +79,11 @@ def restoration(record: FailureRecord, kept_bytes: int) -> list[str]:
     else:
         said.append("nothing recomputed")
     return said
+
+
+def megabytes(num_bytes: int) -> str:
+    """Write a number of bytes."""
+    return f"{num_bytes / 2**20:.{0 if num_bytes >= 10 * 2**20 else 2}f} MiB"
 
 
 class FailureBook:
@@ -88,7 +97,7 @@ class FailureBook:
         """Note who was lost."""
         first = len(self.records)
         records = [
-            FailureRecord(first + n, death.target, death.process, "death", detected_s=detected_s, rebuilt_s=rebuilt_s)
+            FailureRecord(first + n, death.target, death.process, death.kind, death.injected_s, detected_s, rebuilt_s)
             for n, death in enumerate(deaths)
         ]
         outage = Outage(records, stalled, tuple(death.successor for death in deaths))

@@ -1,5 +1,6 @@
 """The MPI carrier: control messages and tensors between ranks, by point-to-point calls that never spin."""
 
+import os
 import pickle
 import socket
 import time
@@ -61,7 +62,9 @@ class Channel:
         self.deadline_s = deadline_s
         self.pending: deque[tuple[MPI.Request, object]] = deque()  # with the memory that MPI may still use
         self.doorbell = Doorbell(self.comm.bcast(new_job_name()), self.process)
-        self.process_hosts: list[str] = self.comm.allgather(socket.gethostname())
+        found: list[tuple[str, int]] = self.comm.allgather((socket.gethostname(), os.getpid()))
+        self.process_hosts = [host for host, _ in found]
+        self.pids = [pid for _, pid in found]
         self.is_recoverable = False
         OPEN.add(self)
         self.join(Membership.first(comm.Get_size()))

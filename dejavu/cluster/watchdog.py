@@ -1,0 +1,71 @@
+"""End processes that hang: one that is stopped answers nobody, and MPI takes it for alive."""
+
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from dejavu.cluster.injection import Incident, IncidentLog
+from dejavu.transport.mpi import Channel
+
+LOOK_EVERY_S = 0.25
+STOPPED = "tT"  # by a signal, or by a debugger
+
+
+class Watchdog(threading.Thread):
+    """Watch the next process of this host, as it watches the one after it; kill it when it stands still too long.
+
+    Its death is then noticed as any other. A process without a neighbour on its host is watched by nobody.
+    """
+
+    def __init__(self, channel: Channel, hang_timeout_s: float, log: IncidentLog) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.channel = channel
+        self.hang_timeout_s = hang_timeout_s
+        self.log = log
+        self.watched = -1
+        self.moving_s = 0.0  # when the watched process was last seen not to be stopped
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Look a few times a second."""
+        while not self.ended.wait(min(LOOK_EVERY_S, self.hang_timeout_s / 4)):
+            self.look(time.monotonic())
+
+    def look(self, now: float) -> None:
+        """See whether the watched process moves."""
+        process = next_on_host(self.channel)
+        if process is None:
+            return
+        pid = self.channel.pids[process]
+        if process != self.watched or process_state(pid) not in STOPPED:
+            self.watched, self.moving_s = process, now
+        elif now - self.moving_s >= self.hang_timeout_s:
+            self.log.note(Incident(process, "hang", now))
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            self.moving_s = now
+
+    def stop(self) -> None:
+        """End the watch."""
+        self.ended.set()
+        self.join()
+
+
+def next_on_host(channel: Channel) -> int | None:
+    """Give the process after this one among those of this host, in a ring; None where it is alone."""
+    places = channel.membership.places
+    here = sorted(process for rank in channel.near if (process := places[rank]) is not None)
+    behind = [process for process in here if process > channel.process]
+    return next(iter([*behind, *here]), None)
+
+
+def process_state(pid: int) -> str:
+    """Give the letter by which Linux calls a process's state; X where there is none of that number."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+    return text.rpartition(")")[2].split()[0]

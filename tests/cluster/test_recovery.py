@@ -1,0 +1,161 @@
+"""Ranks that die or hang while they serve: the run goes on in place, and every output is what it is without failure."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from dejavu.cluster.injection import FAULTS, Fault
+from dejavu.measure.failures import FailureRecord
+from dejavu.measure.records import read_csv
+from tests.model_zoo import make_checkpoint
+
+pytestmark = pytest.mark.timeout(200)
+
+REPOSITORY = Path(__file__).parents[2]
+DEADLINE_S = 150
+MARK = "DEJAVU_TEST_MARK"
+SHARED_MEMORY = Path("/dev/shm")
+
+REQUESTS = [
+    {
+        "prompt_token_ids": [(7 * n + 11 * t) % 190 + 3 for t in range(3 + 5 * n % 17)],
+        "max_tokens": 18 + 4 * (n % 3),
+        "ignore_eos": True,
+        "temperature": 0.8 * (n % 2),
+        "seed": n,
+    }
+    for n in range(6)
+]
+
+
+def serve(directory, *arguments, faults=()):
+    """Serve as a user does; give what ended, and what its processes left behind."""
+    prefixes = ("OMPI_", "PMIX_", "PRTE_", "DEJAVU_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    mark = secrets.token_hex(8)
+    environment |= {MARK: mark, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    environment |= {FAULTS: json.dumps([asdict(fault) for fault in faults])}
+    command = [sys.executable, "-m", "dejavu.cli.main", "serve", *map(str, arguments), "--out", str(directory)]
+    done = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    done.left = [path for path in Path("/proc").glob("[0-9]*") if has_mark(path, f"{MARK}={mark}".encode())]
+    return done
+
+
+def has_mark(process, mark):
+    try:
+        return mark in (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def read_outputs(directory):
+    lines = (directory / "outputs.jsonl").read_text().splitlines()
+    return {output["request_id"]: output["token_ids"] for output in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Give a directory with a small Llama and a workload, and what is asked of every run."""
+    directory = tmp_path_factory.mktemp("recovery")
+    make_checkpoint("llama", directory / "model")
+    (directory / "workload.jsonl").write_text("".join(json.dumps(request) + "\n" for request in REQUESTS))
+    own = ["--model", directory / "model", "--workload", directory / "workload.jsonl", "--no-progress", "--threads", 1]
+    return directory, [*own, "--microbatch-size", 2, "--block-size", 8]
+
+
+@pytest.fixture(scope="module")
+def expected(base):
+    """Give the outputs of a run without failure."""
+    directory, arguments = base
+    done = serve(directory / "whole", *arguments, "--pp", 2)
+    assert done.returncode == 0, done.stderr
+    assert not (directory / "whole" / "failures.csv").exists()
+    return read_outputs(directory / "whole")
+
+
+CASES = {
+    # a process; a device, whose KV comes back from its replica; a spare; a process that is stopped
+    "process-device-spare-hang": (
+        ["--pp", 2, "--spares", 4, "--replicate", "ring", "--hang-timeout", 0.5],
+        [
+            Fault(2, "kill", step=3),
+            Fault(1, "kill", step=7, loses_memory=True),
+            Fault(5, "kill", step=9),
+            Fault(2, "stop", step=12),
+        ],
+        {"stage 1": 2, "stage 0": 1, "spare": 1},
+        0,
+    ),
+    # two at once, then a device without a replica, then the one that replaced it
+    "two-at-once-lost-replacement": (
+        ["--pp", 3, "--spares", 4],
+        [
+            Fault(1, "kill", step=3),
+            Fault(3, "kill", step=3),
+            Fault(2, "kill", step=7, loses_memory=True),
+            Fault(2, "kill", step=11),
+        ],
+        {"stage 0": 1, "stage 2": 1, "stage 1": 2},
+        1,
+    ),
+    # prompt and token workers; the token side's KV is lost
+    "prompt-token-lost": (
+        ["--prompt-pp", 1, "--token-pp", 2, "--spares", 3],
+        [
+            Fault(1, "kill", step=1),
+            Fault(3, "kill", step=3),
+            Fault(2, "kill", step=8, loses_memory=True),
+        ],
+        {"prompt stage 0": 1, "token stage 1": 1, "token stage 0": 1},
+        1,
+    ),
+    # both tensor ranks of a stage
+    "tensor-ranks": (
+        ["--tp", 2, "--spares", 2],
+        [Fault(1, "kill", step=4), Fault(2, "kill", step=8)],
+        {"stage 0 tensor rank 0": 1, "stage 0 tensor rank 1": 1},
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_output_is_that_of_a_run_without_failure(base, expected, name):
+    directory, arguments = base
+    options, faults, targets, least_recomputed = CASES[name]
+    segments = set(SHARED_MEMORY.iterdir())
+    done = serve(directory / name, *arguments, *options, faults=faults)
+    said = f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, said
+    assert read_outputs(directory / name) == expected
+    records = read_csv(directory / name / "failures.csv", FailureRecord)
+    found = {target: sum(record.target == target for record in records) for target in targets}
+    assert (found, len(records)) == (targets, len(faults)), said
+    for record in records:
+        assert record.injected_s <= record.detected_s <= record.rebuilt_s <= record.restored_s <= record.resumed_s
+        assert record.recovery_s == pytest.approx(record.resumed_s - record.injected_s)
+    recomputed = sum(record.prompts_recomputed for record in records)
+    assert recomputed >= least_recomputed if least_recomputed else recomputed == 0, said
+    assert sum(record.bytes_restored > 0 for record in records) == ("--replicate" in options)
+    assert said.count("serving again after") + said.count("serving went on after") == len(faults)
+    assert done.left == []
+    assert not [path for path in set(SHARED_MEMORY.iterdir()) - segments if path.name.startswith("dejavu")]
+
+
+def test_without_a_spare_left_the_run_ends_with_who_died(base, tmp_path):
+    _, arguments = base
+    faults = [Fault(1, "kill", step=2), Fault(2, "kill", step=5)]
+    done = serve(tmp_path / "run", *arguments, "--pp", 2, "--spares", 1, faults=faults)
+    assert done.returncode == 1
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["error"].startswith("stage 1 (rank 2) died and no spare is left to take over"), done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.left == []
