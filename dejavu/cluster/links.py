@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
@@ -15,9 +15,11 @@ from dejavu.errors import TransferError
 from dejavu.transport.carrier import UnavailableError
 from dejavu.transport.ipc_line import Exchange
 from dejavu.transport.mailbox import MailboxIn, MailboxOut
-from dejavu.transport.mpi import Channel
 from dejavu.transport.nccl_hop import NcclIn, NcclOut
 from dejavu.transport.reduction import GroupSum, meet
+
+if TYPE_CHECKING:
+    from dejavu.transport.mpi import Channel
 
 MEETING_S = 600.0  # a neighbour may still be starting, or compiling kernels
 
@@ -43,7 +45,7 @@ class Links:
         return notes
 
 
-def exchange_among(channel: Channel, ranks: Sequence[int]) -> Exchange:
+def exchange_among(channel: "Channel", ranks: Sequence[int]) -> Exchange:
     """Give an allgather of bytes over `ranks` of a channel, this one among them, in their order."""
 
     def exchange(data: bytes) -> list[bytes]:
@@ -55,21 +57,21 @@ def exchange_among(channel: Channel, ranks: Sequence[int]) -> Exchange:
     return exchange
 
 
-def next_bytes(channel: Channel, rank: int) -> bytes:
+def next_bytes(channel: "Channel", rank: int) -> bytes:
     """Wait for a rank's part in an exchange; at the end of a run, tokens that nobody needs may come before it."""
     while not isinstance(message := channel.receive(rank, MEETING_S)[1], bytes):
         pass
     return message
 
 
-def open_sums(channel: Channel, device: Device, ranks: Sequence[int], stack: ExitStack) -> GroupSum | None:
+def open_sums(channel: "Channel", device: Device, ranks: Sequence[int], stack: ExitStack) -> GroupSum | None:
     """Join the tensor ranks of a stage; `stack` parts them again. UnavailableError where they have no way to sum."""
     if len(ranks) == 1:
         return None
     return stack.enter_context(GroupSum(device, exchange_among(channel, ranks), ranks.index(channel.rank)))
 
 
-def open_outbox(channel: Channel, device: Device, following: int, stack: ExitStack) -> HiddenOut | None:
+def open_outbox(channel: "Channel", device: Device, following: int, stack: ExitStack) -> HiddenOut | None:
     """Join this stage to the next one, which calls `open_inbox` at the same time."""
     exchange = exchange_among(channel, (channel.rank, following))
     ways: list[Callable[[], HiddenOut]] = [
@@ -80,7 +82,7 @@ def open_outbox(channel: Channel, device: Device, following: int, stack: ExitSta
 
 
 def open_inbox(
-    channel: Channel,
+    channel: "Channel",
     device: Device,
     previous: int,
     max_tokens: int,

@@ -1,12 +1,14 @@
 """Where a stage's hidden states come from."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from dejavu.engine.messages import Work
-from dejavu.transport.mpi import Channel
+
+if TYPE_CHECKING:
+    from dejavu.transport.mpi import Channel
 
 
 class Inlet(Protocol):
@@ -32,7 +34,7 @@ class NoInlet:
 class HostInlet:
     """Receive hidden states by MPI, from the same tensor rank of the stage before."""
 
-    def __init__(self, channel: Channel, rank: int, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, channel: "Channel", rank: int, hidden_size: int, dtype: torch.dtype) -> None:
         self.channel = channel
         self.rank = rank
         self.hidden_size = hidden_size

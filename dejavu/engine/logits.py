@@ -1,13 +1,15 @@
 """The logits of the whole vocabulary, from the parts that the last stage's tensor ranks compute."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from dejavu.model.spec import Shard
-from dejavu.transport.mpi import Channel
+
+if TYPE_CHECKING:
+    from dejavu.transport.mpi import Channel
 
 WHOLE_VECTORS = 4  # a sum between GPUs takes multiples of 16 bytes
 
@@ -30,7 +32,7 @@ class OneRank:
 class MpiLogits:
     """Receive the other ranks' parts, on the leader."""
 
-    def __init__(self, channel: Channel, vocab_size: int, shards: Sequence[tuple[int, Shard]]) -> None:
+    def __init__(self, channel: "Channel", vocab_size: int, shards: Sequence[tuple[int, Shard]]) -> None:
         """Take the (rank, shard) of the stage's tensor ranks, this one first."""
         self.channel = channel
         self.vocab_size = vocab_size

@@ -1,7 +1,7 @@
 """Where a worker's result goes: hidden states to the next stage, logits into the next tokens."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -10,7 +10,9 @@ from dejavu.engine.logits import Logits, LogitSum
 from dejavu.engine.messages import Admission, RowWork, Sampled, SampledToken, Work
 from dejavu.model.sampling import Draw, RowState, download, start_draw
 from dejavu.model.spec import ModelSpec
-from dejavu.transport.mpi import Channel
+
+if TYPE_CHECKING:
+    from dejavu.transport.mpi import Channel
 
 
 class Sink(Protocol):
@@ -26,7 +28,7 @@ class Sink(Protocol):
 class NextStage:
     """Send hidden states to the same tensor rank of the next stage."""
 
-    def __init__(self, channel: Channel, rank: int) -> None:
+    def __init__(self, channel: "Channel", rank: int) -> None:
         self.channel = channel
         self.rank = rank
 
@@ -39,7 +41,7 @@ class NextStage:
 class StagedNextStage:
     """Send hidden states from a GPU to the next stage through pinned host memory, as soon as they are computed."""
 
-    def __init__(self, channel: Channel, rank: int) -> None:
+    def __init__(self, channel: "Channel", rank: int) -> None:
         self.channel = channel
         self.rank = rank
 
@@ -72,7 +74,7 @@ class HiddenOut(Protocol):
 class DirectNextStage:
     """Send hidden states from GPU to GPU; the next stage may queue its pass before they are computed."""
 
-    def __init__(self, channel: Channel, rank: int, outbox: HiddenOut) -> None:
+    def __init__(self, channel: "Channel", rank: int, outbox: HiddenOut) -> None:
         self.channel = channel
         self.rank = rank
         self.outbox = outbox
@@ -86,7 +88,7 @@ class DirectNextStage:
 class ToLeader:
     """Send this tensor rank's part of the logits to the last stage's leader, which samples."""
 
-    def __init__(self, channel: Channel, leader: int) -> None:
+    def __init__(self, channel: "Channel", leader: int) -> None:
         self.channel = channel
         self.leader = leader
 
