@@ -27,7 +27,7 @@ from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover, Movers, NoMover, PromptMover, SyntheticMover, TokenMover
 from dejavu.engine.inlet import DirectInlet, HostInlet, Inlet, NoInlet, StagedInlet
 from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
-from dejavu.engine.messages import Report
+from dejavu.engine.messages import Busy, Report
 from dejavu.engine.replication import ReplicaSource
 from dejavu.engine.residency import Residency
 from dejavu.engine.rows import RowTable
@@ -149,6 +149,10 @@ class Site:
     def cache(self) -> CacheSize:
         """Give the size of this rank's pool."""
         return self.setup.caches[self.placement.pipeline]
+
+    def tell_busy(self, compute_s: float) -> None:
+        """Tell the controller how long this rank has computed since it was told last."""
+        self.channel.send(CONTROLLER, Busy(compute_s))
 
     def neighbour(self, distance: int) -> int:
         """Give the same tensor rank of a stage before or behind this one."""
@@ -362,7 +366,7 @@ def make_worker(
         tells_seats=site.cache.is_swapped,
     )
     place = pipeline.first_stage + stage_index, tp_rank
-    flights = Flights(site.channel.rank, place, clock.now_s, links.check, holdings.steps)
+    flights = Flights(site.channel.rank, place, clock.now_s, links.check, holdings.steps, tell=site.tell_busy)
     source: Source = Upstream(site.channel, mover, flights)
     if leads_first:
         source = Scheduled(site.channel, mover, flights, scheduler, clock.now_s)

@@ -17,6 +17,7 @@ from dejavu.cluster.keeping import open_vault
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.process import refuse
 from dejavu.cluster.standby import say_farewell, stand_by
+from dejavu.cluster.status import status
 from dejavu.cluster.watchdog import Watchdog
 from dejavu.config import ServeConfig
 from dejavu.device import cuda_device_name
@@ -175,7 +176,8 @@ def write_description(directory: RunDirectory, job: Job, places: list[tuple[str,
 def serve_all(controller: Controller, job: Job, directory: RunDirectory) -> list[Completion]:
     """Serve the workload, writing the status a few times a second; give the completions in the workload's order."""
     completions = {}
-    show_status = every(STATUS_EVERY_S, lambda: directory.write_status(status(controller, "serving")))
+    topology = job.setup.topology
+    show_status = every(STATUS_EVERY_S, lambda: directory.write_status(status(controller, topology, "serving")))
     inject = make_injection(controller, job.setup, directory)
 
     def tick() -> None:
@@ -186,7 +188,7 @@ def serve_all(controller: Controller, job: Job, directory: RunDirectory) -> list
         controller.submit(request)
     for _, completion in controller.events(tick):
         completions[completion.request.request_id] = completion
-    directory.write_status(status(controller, "serving"))
+    directory.write_status(status(controller, topology, "serving"))
     return [completions[request.request_id] for request in job.requests]
 
 
@@ -223,23 +225,6 @@ def every(seconds: float, action: Callable[[], None]) -> Callable[[], None]:
             due = time.monotonic() + seconds
 
     return tick
-
-
-def status(controller: Controller, state: str) -> dict[str, object]:
-    """Give what the progress display shows."""
-    counts = controller.counts
-    running = len(controller.running)
-    return {
-        "state": state,
-        "requests_total": counts.submitted,
-        "requests_done": counts.done,
-        "requests_running": running,
-        "requests_waiting": len(controller.waiting),
-        "tokens_out": counts.tokens,
-        "elapsed_s": controller.clock.now_s(),
-        "rows": sum(lane.table.num_rows for lane in controller.seating.lanes),
-        "busy_rows": running,
-    }
 
 
 def write_results(directory: RunDirectory, job: Job, completions: list[Completion], outcome: Outcome) -> Summary:

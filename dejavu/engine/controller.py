@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from dejavu.engine.messages import Moved, Ready, Replicated, Report, Sampled, SampledToken, Stop
+from dejavu.engine.activity import Activity
+from dejavu.engine.messages import Busy, Moved, Ready, Replicated, Report, Sampled, SampledToken, Stop
 from dejavu.engine.recovery import Company, FailureBook, Outage
 from dejavu.engine.seating import Seating
 from dejavu.engine.text import StreamFactory, TextWatch
@@ -92,6 +93,7 @@ class Controller:
         self.counts = Counts()
         self.reports: dict[int, Report] = {}
         self.ready: dict[int, Ready] = {}
+        self.activity = Activity()
         self.replicated: dict[tuple[int, int], int] = {}  # by rank and microbatch: the last step that its replica has
 
     def submit(self, request: Request) -> None:
@@ -157,6 +159,8 @@ class Controller:
                     self.take_moved(rank, serial)
                 case Replicated():
                     self.replicated[message.rank, message.microbatch] = message.step
+                case Busy(compute_s):
+                    self.activity.take(rank, compute_s, self.clock.now_s())
                 case Report():
                     self.reports[rank] = message
                 case Ready():

@@ -10,6 +10,7 @@ from dejavu.engine.timeline import Mark
 from dejavu.measure.records import StepRecord
 
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 20e-6, 1e-3
+TELL_EVERY_S = 0.5
 
 Finish = Callable[[], None]
 
@@ -42,6 +43,9 @@ class Flights:
     under_way: deque[Flight] = field(default_factory=deque)
     began_s: float = 0.0  # when the first of them was at its turn
     usual_s: dict[str, float] = field(default_factory=dict)  # what the last pass of each kind took
+    tell: Callable[[float], None] = lambda compute_s: None  # who watches the run, how long this rank computed
+    told_s: float = 0.0  # when `tell` was called last
+    untold_s: float = 0.0  # computed since then
 
     def add(self, flight: Flight) -> None:
         """Take a pass that was queued, and finish it if it is done already."""
@@ -81,6 +85,7 @@ class Flights:
         """Note when a pass was here."""
         work = flight.work
         flight.landed.settle()
+        start_s, computed_s, end_s = flight.start.settle(), flight.computed.settle(), self.now_s()
         self.steps.append(
             StepRecord(
                 self.rank,
@@ -90,8 +95,12 @@ class Flights:
                 work.kind,
                 len(work.rows),
                 sum(row.num_new for row in work.rows),
-                flight.start.settle(),
-                flight.computed.settle(),
-                self.now_s(),
+                start_s,
+                computed_s,
+                end_s,
             )
         )
+        self.untold_s += computed_s - start_s
+        if end_s - self.told_s >= TELL_EVERY_S:
+            self.tell(self.untold_s)
+            self.told_s, self.untold_s = end_s, 0.0

@@ -152,6 +152,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Busy:
+    """Worker → controller, about twice a second while it has passes: how long it computed since it said so last."""
+
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Farewell:
     """Controller → everybody, at the very end: the results are written, and nobody is needed any more."""
 

@@ -170,7 +170,7 @@ def test_summary_and_trace_agree_with_the_rows(served):
     requests = read_csv(directory / "requests.csv", RequestRecord)
     steps = read_csv(directory / "steps.csv", StepRecord)
     names, values = (line.split(",") for line in (directory / "summary.csv").read_text().splitlines())
-    summary = dict(zip(names, map(float, values), strict=True))
+    summary = {name: float(value or "nan") for name, value in zip(names, values, strict=True)}
     assert summary["requests"] == len(REQUESTS) + 1
     assert summary["output_tokens"] == sum(r.output_tokens for r in requests)
     assert summary["makespan_s"] == pytest.approx(max(r.finish_s for r in requests))

@@ -100,9 +100,8 @@ def timeline_figure(run: Run, label: str = "") -> Figure:
     def draw(axes: Any, colors: Colors) -> None:
         for index, kind in enumerate(KINDS):
             draw_bars(axes, [s for s in run.steps if s.kind == kind], ranks, colors.series[index], kind)
-        for row in run.failures:
-            if row.get("injected_s"):
-                axes.axvline(float(row["injected_s"]), color=colors.series[3], linestyle="--", linewidth=1)
+        for failure in run.failures:
+            axes.axvline(failure.detected_s, color=colors.series[3], linestyle="--", linewidth=1)
         axes.set_yticks(range(len(ranks)), [names.get(rank, f"rank {rank}") for rank in ranks])
         axes.set(xlabel="seconds of the run", ylim=(len(ranks) - 0.4, -0.6))
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dejavu.errors import UsageError
+from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import RankRecord, RequestRecord, StepRecord, TransferRecord, read_csv
 from dejavu.measure.run_directory import RunDirectory
 
@@ -28,7 +29,7 @@ class Run:
     requests: list[RequestRecord] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
     transfers: list[TransferRecord] = field(default_factory=list)
-    failures: Table = field(default_factory=list)
+    failures: list[FailureRecord] = field(default_factory=list)
     ranks: list[RankRecord] = field(default_factory=list)
     tables: Mapping[str, Table] = field(default_factory=dict)  # a benchmark's rows, by the file's stem
     pictures: tuple[Path, ...] = ()
@@ -87,7 +88,7 @@ def read_run(path: Path) -> Run:
         optional_records(path / "requests.csv", RequestRecord),
         optional_records(path / "steps.csv", StepRecord),
         optional_records(path / "transfers.csv", TransferRecord),
-        read_table(path / "failures.csv"),
+        optional_records(path / "failures.csv", FailureRecord),
         optional_records(path / "ranks.csv", RankRecord),
         {file.stem: read_table(file) for file in others},
         tuple(sorted(path.glob("*.png"))),

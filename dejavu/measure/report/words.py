@@ -1,9 +1,11 @@
 """Say in words what a run was: its model, its pipelines, its workload."""
 
 from collections.abc import Iterator, Mapping
+from math import isnan
 from typing import Any
 
 from dejavu.config import ServeConfig
+from dejavu.measure.failures import FailureRecord
 from dejavu.measure.render import format_bytes, format_seconds
 
 FROM_START_ON = frozenset({"progress", "out", "name"})
@@ -71,27 +73,13 @@ def changed_options(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def failure_sentence(row: Mapping[str, str]) -> str:
-    """Tell one line of failures.csv: who was lost, how long each part took, what it cost."""
-
-    def between(start: str, end: str) -> str:
-        first, last = row.get(start), row.get(end)
-        return format_seconds(float(last) - float(first)) if first and last else "unknown"
-
-    lost = {"stop": "was stopped", "kill": "was killed"}.get(row.get("kind", ""), f"failed ({row.get('kind', '?')})")
-    at = f" at {float(row['injected_s']):.2f} s" if row.get("injected_s") else ""
-    costs = ", ".join(
-        f"{row[column]} {what}"
-        for column, what in (
-            ("steps_lost", "steps lost"),
-            ("tokens_replayed", "tokens replayed"),
-            ("prompts_recomputed", "prompts recomputed"),
-        )
-        if row.get(column)
-    )
-    restored = f"; {format_bytes(int(float(row['bytes_restored'])))} restored" if row.get("bytes_restored") else ""
-    return (
-        f"{row.get('target', '?')} (rank {row.get('rank', '?')}) {lost}{at}: noticed after "
-        f"{between('injected_s', 'detected_s')}, rebuilt after {between('injected_s', 'rebuilt_s')}, serving again "
-        f"after {between('injected_s', 'resumed_s')}{restored}. {costs}."
-    )
+def failure_sentence(record: FailureRecord) -> str:
+    """Tell one failure: who was lost, how long each part of the recovery took, what it cost."""
+    start_s = record.detected_s if isnan(record.injected_s) else record.injected_s
+    lost = {"death": "died", "hang": "hung"}[record.kind]
+    moments = {"noticed": record.detected_s, "rebuilt": record.rebuilt_s, "serving again": record.resumed_s}
+    times = [f"{what} after {format_seconds(moment - start_s)}" for what, moment in moments.items() if moment > start_s]
+    costs = f"{record.steps_lost} steps lost, {record.tokens_replayed} tokens passed again, "
+    costs += f"{record.prompts_recomputed} prompts computed again"
+    restored = f", {format_bytes(record.bytes_restored)} of KV restored" if record.bytes_restored else ""
+    return f"{record.target} (rank {record.rank}) {lost} at {start_s:.2f} s: {', '.join(times)}. {costs}{restored}."

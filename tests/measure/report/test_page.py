@@ -18,7 +18,7 @@ VOID = {"meta", "link", "img", "br", "path", "use", "rect", "line", "image"}
 FAILURES = (
     "failure_id,target,rank,kind,injected_s,detected_s,rebuilt_s,restored_s,resumed_s,recovery_s,steps_lost,"
     "tokens_replayed,prompts_recomputed,bytes_restored\n"
-    "0,both:1,2,kill,2.0,2.012,2.05,2.06,2.084,0.084,1,0,0,1048576\n"
+    "0,both stage 1,2,death,2.0,2.012,2.05,2.06,2.084,0.084,1,0,0,1048576\n"
 )
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
@@ -52,8 +52,9 @@ def test_page_of_a_run_says_what_happened(tmp_path):
     assert "2 stages for prompts and tokens" in text
     assert "4 in 5.00 s" in text  # requests and makespan
     assert "2.40 tokens/s" in text
-    assert "both:1 (rank 2) was killed at 2.00 s: noticed after 12.0 ms" in text
-    assert "serving again after 84.0 ms; 1.00 MiB restored. 1 steps lost" in text
+    assert "both stage 1 (rank 2) died at 2.00 s: noticed after 12.0 ms, rebuilt after 50.0 ms" in text
+    assert "serving again after 84.0 ms. 1 steps lost" in text
+    assert "1.00 MiB of KV restored" in text
     assert "4.77 MiB" in text  # 5 transfers of 1 MB in 1 ms each: 1 GB/s
     assert "0 to 5" in text  # layers of stage 0
 

@@ -1,0 +1,23 @@
+"""How busy each worker was lately: what the controller shows of a run that is going on."""
+
+from dataclasses import dataclass, field
+
+FRESH_S = 2.0  # a worker that has said nothing for so long has no passes
+
+
+@dataclass(slots=True)
+class Activity:
+    """Keep the share of the time that each rank computed, between the last two times that it said so."""
+
+    told: dict[int, tuple[float, float]] = field(default_factory=dict)  # by rank: (moment, share)
+
+    def take(self, rank: int, compute_s: float, now_s: float) -> None:
+        """Note that a rank computed for so long since it said so last."""
+        last_s, _ = self.told.get(rank, (0.0, 0.0))
+        window_s = min(now_s - last_s, FRESH_S)
+        self.told[rank] = now_s, min(1.0, compute_s / window_s) if window_s > 0 else 0.0
+
+    def share(self, rank: int, now_s: float) -> float:
+        """Give the share of the time that a rank computed lately."""
+        moment_s, share = self.told.get(rank, (-FRESH_S, 0.0))
+        return share if now_s - moment_s < FRESH_S else 0.0
