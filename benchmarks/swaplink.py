@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dejavu.kv.swap import Lanes, Part
 
 RESIDENT = 2
+PATTERN_BYTES = (16 << 20) - 257  # in step with no block
 AT_ONCE = 3  # transfers of a kind that are queued together: a serving rank has the next one ready, too
 DEFAULTS = {
     "cpu": {"model": "opt-125m", "pp": 4, "batch": 4, "context": 250, "dtype": "float32", "block_size": 0},
@@ -110,8 +111,8 @@ class SwapMemory:
         self.device_layout = make_layout(settings, RESIDENT)
         self.on_device = held.enter_context(device.allocate_exportable(self.device_layout.total_bytes))
         self.on_host = held.enter_context(device.allocate_host_exportable(self.layout.total_bytes))
-        for buffer in (self.on_device, self.on_host):
-            buffer.tensor().random_(0, 256, generator=torch.Generator(buffer.tensor().device).manual_seed(1))
+        for seed, buffer in enumerate((self.on_device, self.on_host)):
+            fill_random(buffer.tensor(), torch.Generator().manual_seed(seed))
         device.synchronize()
 
     def parts(self, microbatch: int, slot: int, start: int, stop: int) -> "list[Part]":
@@ -140,6 +141,16 @@ class SwapMemory:
                 one, other = ours[part.device[block], :, :, here], theirs[part.host[block], :, :, here]
                 wrong += int((one != other.to(one.device)).sum())
         return wrong
+
+
+def fill_random(memory: "torch.Tensor", generator: "torch.Generator") -> None:
+    """Fill bytes with a random pattern, again and again: gigabytes of random numbers take longer than all else."""
+    import torch
+
+    pattern = torch.randint(0, 256, (PATTERN_BYTES,), dtype=torch.uint8, generator=generator).to(memory.device)
+    for first in range(0, len(memory), PATTERN_BYTES):
+        part = memory[first : first + PATTERN_BYTES]
+        part.copy_(pattern[: len(part)])
 
 
 def make_layout(settings: Settings, microbatches: int) -> "PoolLayout":

@@ -68,6 +68,7 @@ def summary_facts(summary: Summary) -> list[tuple[str, str]]:
     cancelled = f", {summary.cancelled_requests} cancelled" if summary.cancelled_requests else ""
     good = f", {format_number(summary.goodput_requests_per_s)} within limits"
     idle = "  ".join(f"{stage}:{format_percent(part)}" for stage, part in enumerate(summary.stage_idle_fractions))
+    stall = f"a pass waits {format_number(summary.swap_stall_ms)} ms for its microbatch"
     return [
         ("requests", f"{summary.requests}{cancelled} in {format_seconds(summary.makespan_s)}"),
         ("tokens", f"{summary.prompt_tokens} prompt, {summary.output_tokens} output"),
@@ -78,6 +79,7 @@ def summary_facts(summary: Summary) -> list[tuple[str, str]]:
         ),
         ("idle by stage", idle),
         ("peak KV", format_bytes(summary.peak_kv_bytes)),
+        *([("swapping", stall)] if summary.swap_stall_ms else []),
     ]
 
 

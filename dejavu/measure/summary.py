@@ -60,6 +60,7 @@ class Summary:
     latencies: dict[str, Percentiles]  # one for each of LATENCIES and HANDOVERS
     stage_idle_fractions: tuple[float, ...]
     peak_kv_bytes: int
+    swap_stall_ms: float = 0.0  # what a pass waited for swapped KV, in the mean
 
     @property
     def requests_per_s(self) -> float:
@@ -85,6 +86,7 @@ class Summary:
             **{f"{p}_{name}": value for name, at in self.latencies.items() for p, value in at._asdict().items()},
             **{f"stage{stage}_idle_fraction": idle for stage, idle in enumerate(self.stage_idle_fractions)},
             "peak_kv_bytes": self.peak_kv_bytes,
+            "swap_stall_ms": self.swap_stall_ms,
         }
 
 
@@ -107,6 +109,7 @@ def summarize(
         latencies={name: percentiles([getattr(r, name) for r in ended]) for name in (*LATENCIES, *HANDOVERS)},
         stage_idle_fractions=tuple(idle_fractions(steps, num_stages)),
         peak_kv_bytes=peak_kv_bytes,
+        swap_stall_ms=mean(step.swap_stall_ms for step in steps),
     )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -41,7 +42,8 @@ REQUESTS = [
 
 
 def test_a_run_worked_out_by_hand():
-    row = summarize(REQUESTS, [step(1, 0, 0.0, 4.0, 5.0), step(2, 1, 5.0, 7.0, 8.0)], 2, 4096).row()
+    stalled = replace(step(2, 1, 5.0, 7.0, 8.0), swap_stall_ms=3.0)
+    row = summarize(REQUESTS, [step(1, 0, 0.0, 4.0, 5.0), stalled], 2, 4096).row()
     assert row == pytest.approx(
         {
             "requests": 3,
@@ -65,10 +67,11 @@ def test_a_run_worked_out_by_hand():
             "stage0_idle_fraction": 0.5,
             "stage1_idle_fraction": 0.75,
             "peak_kv_bytes": 4096,
+            "swap_stall_ms": 1.5,
         },
         nan_ok=True,
     )
-    assert list(row)[-3:] == ["stage0_idle_fraction", "stage1_idle_fraction", "peak_kv_bytes"]
+    assert list(row)[-3:] == ["stage1_idle_fraction", "peak_kv_bytes", "swap_stall_ms"]
 
 
 @pytest.mark.parametrize(
