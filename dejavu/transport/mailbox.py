@@ -72,12 +72,6 @@ class Mailbox(Closing):
         self._used = self._given_stream or self._device.compute_stream
         return self._used
 
-    def _wait(self, flag: Buffer, number: int) -> None:
-        self._device.wait_flag(flag, number & WORD_MASK, stream=self._stream)
-
-    def _tell(self, flag: Buffer, number: int) -> None:
-        self._device.write_flag(flag, number & WORD_MASK, stream=self._stream)
-
     def _meet(self, side: int, stream: Stream) -> None:
         """Map the other side's memory, whose last word is the flag that this side writes."""
         introduction = self._own.ipc_handle() + self._own.nbytes.to_bytes(8, "little")
@@ -116,11 +110,11 @@ class MailboxOut(Mailbox):
     def send(self, hidden: "Tensor") -> None:
         """Queue a contiguous tensor's way into the mailbox; it stays unchanged until the stream has passed this."""
         assert self._there is not None
-        slot = self._ring.place(hidden.nbytes)
+        slot, stream = self._ring.place(hidden.nbytes), self._stream
         if slot.after:
-            self._wait(self._free, slot.after)
-        self._device.copy(self._there.view(slot.offset, hidden.nbytes), hidden, stream=self._stream)
-        self._tell(self._ready, slot.number)
+            self._device.wait_flag(self._free, slot.after & WORD_MASK, stream=stream)
+        self._device.copy(self._there.view(slot.offset, hidden.nbytes), hidden, stream=stream)
+        self._device.write_flag(self._ready, slot.number & WORD_MASK, stream=stream)
 
 
 class MailboxIn(Mailbox):
@@ -153,12 +147,12 @@ class MailboxIn(Mailbox):
         """
         assert self._held is None, "release what was received before"
         self._held = self._ring.place(num_tokens * self._row_bytes)
-        self._wait(self._ready, self._held.number)
+        self._device.wait_flag(self._ready, self._held.number & WORD_MASK, stream=self._stream)
         flat = self._whole[self._held.offset : self._held.offset + num_tokens * self._row_bytes]
         return flat.view(self._dtype).view(num_tokens, self._hidden_size)
 
     def release(self) -> None:
         """Let the sender use the place again once the stream has passed this."""
         assert self._held is not None
-        self._tell(self._free, self._held.number)
+        self._device.write_flag(self._free, self._held.number & WORD_MASK, stream=self._stream)
         self._held = None

@@ -1,12 +1,15 @@
 """How sums are cut: regions apart, every vector in one share, and a way for every size."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dejavu.assets import data_path
 from dejavu.transport.carrier import UnavailableError
 from dejavu.transport.reduction import Place, choose_plan
-from dejavu.transport.sum_plan import FLAGS_BYTES, MAX_BLOCKS, SumPlan, Way
+from dejavu.transport.sum_plan import FLAGS_BYTES, MAX_BLOCKS, MAX_RANKS, SumPlan, Way
 
 plans = st.builds(
     SumPlan,
@@ -75,6 +78,13 @@ def test_the_plan_follows_where_the_ranks_are():
     assert shared.way(1 << 30) is Way.TWO_SHOT
     without = choose_plan(places(("a", "0"), ("a", "1"), without="it is not installed"))
     assert without.way(1 << 30) is Way.TWO_SHOT
+
+
+def test_the_kernels_have_the_same_limits():
+    source = data_path("kernels", "all_reduce.cu").read_text()
+    found = {name: int(value) for name, value in re.findall(r"\b([A-Z_]+) = (\d+)", source)}
+    assert (found["MAX_RANKS"], found["MAX_BLOCKS"]) == (MAX_RANKS, MAX_BLOCKS)
+    assert 4 * (found["FLAGS_WORD"] + 2 * MAX_BLOCKS * MAX_RANKS) == FLAGS_BYTES
 
 
 def test_groups_that_cannot_sum_say_why():
