@@ -32,6 +32,13 @@ class Links:
     inbox: HiddenIn | None = None
     outbox: HiddenOut | None = None
 
+    def leave(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End all waits where this rank has failed, before the first of them is closed: they share a stream."""
+        if error is not None:
+            for way in (self.sums, self.inbox, self.outbox):
+                if way is not None:
+                    way.abort(TransferError(f"this rank has failed: {error}"))
+
     def check(self) -> None:
         """Raise the error of a sum that gave up."""
         if self.sums is not None:

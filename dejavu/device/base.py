@@ -194,6 +194,10 @@ class Stream(Closing):
         """
 
     @abstractmethod
+    def renew(self) -> None:
+        """Finish the work that is queued, and forget the error: for a stream that outlives what failed on it."""
+
+    @abstractmethod
     def close(self) -> None:
         """Finish the work that is queued, then give the stream back; errors that nobody asked for are dropped."""
 

@@ -51,6 +51,10 @@ class Mark:
             raise DeadlineError(f"an event was not reached within {deadline_s} s: a peer has stopped, or is slow")
         self.query()
 
+    def settle(self) -> None:
+        """Block until the mark is reached, whatever happened before it."""
+        self._reached.wait()
+
     def follow(self, stream: "CpuStream") -> None:
         """Block the worker of `stream` until the mark is reached; the error of the other stream becomes its own."""
         while not self._reached.wait(CANCEL_POLL_S):
@@ -110,6 +114,9 @@ class InlineStream(CpuStream):
     def cancel(self, error: Exception) -> None:
         """Do nothing: nothing is queued, and errors here belong to the call that they were raised by."""
 
+    def renew(self) -> None:
+        """Do nothing: nothing is queued, and no error is kept."""
+
     def query(self) -> bool:
         """Give True: nothing is ever queued."""
         return True
@@ -168,6 +175,13 @@ class ThreadStream(CpuStream):
                 if is_outermost and self._batch is not None:
                     entries, self._batch = self._batch, None
                     self._queue(entries)
+
+    def renew(self) -> None:
+        """Let the worker drop what is queued behind an error, and forget that."""
+        mark = Mark()
+        self.mark(mark)
+        mark.settle()
+        self.error = None
 
     def query(self) -> bool:
         """Say whether all work is done; raises the stream's error."""

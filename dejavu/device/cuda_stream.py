@@ -283,6 +283,13 @@ class CudaStream(Stream):
             self.spoilt, self.error = self._passed + 1 if first is None else first, error
         self.device.watch.release(self)
 
+    def renew(self) -> None:
+        """Wait for what is queued, and forget the error and those of streams that this one has waited for."""
+        self.device.activate()
+        poll(self._settled, None, f"the work of stream {self.name}")
+        self.error, self.spoilt = None, 0
+        self.sources.clear()
+
     def close(self) -> None:
         """Finish the work, and destroy the stream."""
         if not self._owner:

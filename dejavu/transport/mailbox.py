@@ -53,9 +53,14 @@ class Mailbox(Closing):
             self._used.cancel(error)
 
     def close(self) -> None:
-        """Give the memory back, as the other side does at the same time; alone after an abort. Waits for the stream."""
+        """Give the memory back, as the other side does at the same time; alone after an abort. Waits for the stream.
+
+        A compute stream that an abort has given its error goes on without it: it outlives the mailbox.
+        """
         if self._used is not None and self._error is None:
             self._used.synchronize(DEFAULT_DEADLINE_S)
+        elif self._used is not None and self._given_stream is None:
+            self._used.renew()
         if self._there is not None:
             self._there.close()
         if self._error is None:

@@ -207,6 +207,18 @@ class TestFailure:
             with pytest.raises(TransferError):
                 stream.query()
 
+    def test_a_renewed_stream_works_again(self, device, gate):
+        with device.create_stream("renewed") as stream, device.create_event() as event:
+            gate.hold(stream)
+            stream.cancel(TransferError("rank 3 is dead"))
+            stream.renew()
+            buffer = filled(device, random_bytes(64), stream)
+            event.record(stream)
+            event.synchronize(10)
+            assert torch.equal(contents_of(device, buffer, 64, stream), random_bytes(64))
+            assert stream.query()
+            buffer.close()
+
     def test_the_error_reaches_a_stream_that_waits_for_the_failed_one(self, device, gate):
         with (
             device.create_stream("first") as first,
