@@ -12,6 +12,7 @@ BENCHMARKS = {
     "profile": "Time prompts and token steps against the roofline, for planning.",
     "groups": "Time sums over a tensor group, and the hand-over between stages.",
     "overhead": "Measure what KV streaming costs serving steps, at each level.",
+    "replication": "Measure what replication costs a token step.",
     "reproduce": "Do the paper's figures again, ours beside the paper's.",
     "swapping": "Serve in one memory for KV without swapping, and with it in larger microbatches.",
     "swaplink": "Measure what swapping gets of the host link, and what it costs compute.",

@@ -16,6 +16,7 @@ from dejavu.cluster.process import guarded
 from dejavu.config import ServeConfig
 from dejavu.request import Completion
 from tests.mpi.reference import Reference, make_reference
+from tests.mpi.replicas import watch
 from tests.mpi.world import World
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -23,6 +24,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "stages": {"pp": 2, "num_microbatches": 3, "prompt_chunk": 5},
     "tensor": {"tp": 2},
     "split": {"prompt_pp": 1, "token_pp": 1, "block_size": 16},
+    "replicated": {"pp": 2, "replicate": "ring", "block_size": 16},
+    "received": {"pp": 2, "replicate": "ring", "replica_transport": "tcp"},
 }
 
 
@@ -62,6 +65,7 @@ def serve(world: World, reference: Reference, config: ServeConfig) -> dict[str, 
 def run(device: str, *kinds: str) -> int:
     """Run all cases of some kinds of model."""
     world = World()
+    watch(setattr)
     made = tempfile.TemporaryDirectory(prefix="dejavu-cuda-") if world.rank == 0 else None
     path = Path(world.gather(made and made.name)[0])
     for kind in kinds:

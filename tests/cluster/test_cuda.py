@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(num_cuda_devices() == 0, reason="needs a CUDA device"),
 ]
 ROOT = Path(__file__).parents[2]
-SHAPES = ("one", "stages", "tensor", "split")
+SHAPES = ("one", "stages", "tensor", "split", "replicated", "received")
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from dejavu.cluster.keeping import Replicating
 from dejavu.config import ServeConfig
-from dejavu.engine.handover import Movers
-from dejavu.engine.replication import Receiving, ReplicaHolder, ReplicaSource
-from dejavu.engine.ring import pool_name
-from dejavu.kv.replica import RowCopy, filled_blocks, list_pieces
+from tests.mpi.replicas import watch
 
 pytestmark = [pytest.mark.mpi(min_size=7), pytest.mark.timeout(60)]
 
@@ -36,61 +30,11 @@ def make_config(directory: Any, case: dict[str, Any]) -> ServeConfig:
     return ServeConfig(model=str(directory), **fixed, **shape)
 
 
-def same_tokens(layout: Any, rows: Any, one: Any, other: Any) -> None:
-    """Compare the tokens of rows in two pools of one layout."""
-    pieces = list_pieces(layout, [RowCopy(place, row.serial, row.blocks, 0, row.length) for place, row in rows.items()])
-    for offset, nbytes in zip(pieces.source.tolist(), pieces.nbytes.tolist(), strict=True):
-        there, here = one.view(offset, nbytes), other.view(offset, nbytes)
-        assert bytes(there.tensor().numpy()) == bytes(here.tensor().numpy())
-
-
-def compare(mover: Receiving, replicating: Replicating) -> None:
-    """Hold a replica against the pool that its owner has left with the keeper."""
-    owner = replicating.setup.topology.placements[mover.owner]
-    found = replicating.vault.get(pool_name(owner), replicating.source.device)
-    assert found
-    with found[0] as pool:
-        rows, books = mover.store.rows(), mover.books.rows
-        assert rows
-        assert {place: (book.serial, book.copied, tuple(book.blocks)) for place, book in books.items()} == rows
-        same_tokens(mover.layout, rows, mover.store.pool, pool)
-
-
-def restore(replicating: Replicating) -> None:
-    """Have every rank get the KV of a pool that it takes anew."""
-    old = replicating.source
-    with ExitStack() as stack, old.device.allocate_exportable(old.pool.nbytes) as memory:
-        source = ReplicaSource(old.device, memory, old.device.compute_stream)
-        movers, restored = replace(replicating, source=source, is_new=True).start(stack)
-        mover = next(mover for mover in movers if not isinstance(mover, ReplicaHolder))
-        assert restored.rows
-        assert restored.nbytes % mover.layout.block_bytes == 0
-        assert restored.nbytes // mover.layout.block_bytes == len(filled_blocks(mover.layout, restored.rows.values()))
-        same_tokens(mover.layout, restored.rows, memory, old.pool)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()))
 def test_replicas_hold_what_their_owners_do(world, reference_of, monkeypatch, case):
     reference = reference_of("llama")
     config = make_config(reference.directory, case)
-    made: list[Replicating] = []
-    start, report = Replicating.start, Movers.report
-
-    def start_noted(self: Replicating, stack: Any) -> Any:
-        made.append(self)
-        return start(self, stack)
-
-    def report_compared(self: Movers, *arguments: Any) -> Any:
-        reported = report(self, *arguments)
-        receiving = [mover for mover in self.movers if isinstance(mover, Receiving)]
-        for mover in receiving:
-            compare(mover, made[0])
-        if receiving:
-            restore(made[0])
-        return reported
-
-    monkeypatch.setattr(Replicating, "start", start_noted)
-    monkeypatch.setattr(Movers, "report", report_compared)
+    watch(monkeypatch.setattr)
     (completions, replicated), outcome = world.serve(
         config, lambda controller: (controller.generate(reference.requests), controller.replicated)
     )
