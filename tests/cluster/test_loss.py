@@ -1,0 +1,121 @@
+"""Lose a worker with and without its memory: a spare goes on with what the keeper or the replica has."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dejavu.cluster.launcher import JOB
+from dejavu.cluster.leftovers import job_processes, processes
+from dejavu.device.keeper import SOCKET
+from dejavu.device.keeper_line import keeper_directory
+from dejavu.measure.failures import FailureRecord
+from dejavu.measure.records import TransferRecord, read_csv
+from tests.cluster.test_serve import REPOSITORY, read_outputs, run
+
+pytestmark = pytest.mark.timeout(150)
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+REQUESTS = 6
+PROMPT_LEN, OUTPUT_LEN = 20, 30
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text(json.dumps(SHAPE))
+    numbers = {"--num-requests": REQUESTS, "--prompt-len": PROMPT_LEN, "--output-len": OUTPUT_LEN, "--threads": 1}
+    shape = {"--pp": 2, "--microbatch-size": 3, "--block-size": 16, "--stall-timeout": 30}
+    given = {"--model": directory, "--load-format": "dummy", "--dtype": "float32", **numbers, **shape}
+    return ["--no-progress", *(str(word) for pair in given.items() for word in pair)]
+
+
+@pytest.fixture(scope="module")
+def expected(options, tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run(["-m", "dejavu.cli.main", "serve", *options, "--out", path])
+    assert done.returncode == 0, done.stderr
+    return tokens(path)
+
+
+def tokens(path: Path):
+    return {name: output["token_ids"] for name, output in read_outputs(path).items()}
+
+
+CASES = {
+    "process": ("process", 2, ["--replicate", "ring"]),
+    "memory": ("memory", 1, ["--replicate", "ring", "--replicate-every", "4"]),
+    "memory of another host": ("memory", 2, ["--replicate", "ring", "--replica-transport", "tcp"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_request_goes_on(options, expected, tmp_path, name):
+    loses, rank, more = CASES[name]
+    path, note = tmp_path / "run", tmp_path / "note"
+    program = [REPOSITORY / "tests/cluster/loss_program.py", rank, 15, loses, note]
+    done = run([*program, "serve", *options, *more, "--spares", 1, "--out", path], ranks=4)
+    assert note.exists(), done.stderr
+    assert json.loads((path / "result.json").read_text())["outcome"] == "ok", done.stdout + done.stderr
+    assert tokens(path) == expected
+    (failure,) = read_csv(path / "failures.csv", FailureRecord)
+    assert failure.prompts_recomputed == 0
+    assert (failure.bytes_restored > 0) == (loses == "memory")
+    assert {t.kind for t in read_csv(path / "transfers.csv", TransferRecord)} == {"replica"}
+    assert done.left == []
+
+
+def test_nothing_is_left_where_the_launcher_is_killed(options, tmp_path):
+    """Kill the launcher itself in the middle of a run: its ranks and its keeper end, and their files with them."""
+    command = [sys.executable, "-m", "dejavu.cli.main", "serve", *options, "--rate", "1", "--out", tmp_path / "run"]
+    with subprocess.Popen(
+        [str(word) for word in command],
+        cwd=REPOSITORY,
+        env={name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as launcher:
+        try:
+            job = until(lambda: job_of(tmp_path / "run"))
+            directory = keeper_directory(job)
+            until(lambda: (directory / SOCKET).exists())
+        finally:
+            launcher.kill()
+    until(lambda: not directory.exists())
+    until(lambda: not job_processes(job))
+
+
+def job_of(run_directory):
+    """Find the name of a job by the environment of its ranks."""
+    mark = f"DEJAVU_RUN_DIR={run_directory}".encode()
+    for path in processes():
+        try:
+            words = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if mark in words:
+            return next(word[len(JOB) + 1 :].decode() for word in words if word.startswith(f"{JOB}=".encode()))
+    return None
+
+
+def until(look):
+    """Wait until a look gives something, and give that."""
+    end_s = time.monotonic() + 60
+    while not (found := look()):
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+    return found
