@@ -43,7 +43,7 @@ class Case:
         return make_config({"synthetic": times_ms, "row_len": ROW_LEN, "num_requests": 1, **self.keys})
 
 
-SWAPPED = {"model": "opt-13b", "load_format": "dummy", "dtype": "float16", "num_microbatches": 4, "swap": True}
+SWAPPED = {"model": "opt-13b", "load_format": "dummy", "num_microbatches": 4, "swap": True}
 
 CASES = (
     Case("pp1", {"pp": 1, "microbatch_size": 4}),
@@ -172,7 +172,7 @@ def swap_of(config: ServeConfig, shape: PipelineShape) -> Swap | None:
     assert config.synthetic_link
     spec = MODELS[config.model]
     layers = -(-spec.num_layers // shape.pp)
-    token_bytes = spec.kv_bytes_per_token(ITEM_BYTES[config.dtype], layers, shape.tp)
+    token_bytes = spec.kv_bytes_per_token(ITEM_BYTES[spec.dtype], layers, shape.tp)
     return Swap(token_bytes, config.synthetic_link, config.resident)
 
 

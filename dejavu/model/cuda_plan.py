@@ -21,6 +21,7 @@ from dejavu.model.batch import Batch
 
 ITEM_WORDS = 4
 SHORTEST_ITEM = 64  # tokens: below that, adding the parts costs more than a part
+MOST_KEPT = 1024  # tables and cuts, of as many batches
 
 Words = NDArray[np.int32]
 
@@ -50,58 +51,83 @@ class StepLayout:
 
 
 class BlockTables:
-    """Turn rows' lists of blocks into arrays, once as long as a list's contents stay."""
+    """Turn a batch's lists of blocks into one array, once as long as their contents stay."""
 
     __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[list[int], Words]] = {}
+        self._known: dict[tuple[int, ...], tuple[list[list[int]], Words, Words]] = {}
 
-    def array(self, blocks: list[int]) -> Words:
-        """Give a row's block ids; rows are told apart by their first block, which no two rows share."""
-        known = self._known.get(blocks[0])
+    def arrays(self, blocks: list[list[int]]) -> tuple[Words, Words]:
+        """Give where each row's blocks start among all, and all; batches are told apart by their rows' first blocks."""
+        key = tuple([row[0] for row in blocks])
+        known = self._known.get(key)
         if known is not None and known[0] == blocks:
-            return known[1]
-        array = np.array(blocks, dtype=np.int32)
-        self._known[blocks[0]] = (list(blocks), array)
-        return array
+            return known[1:]
+        sizes = np.array([len(row) for row in blocks])
+        starts = (np.cumsum(sizes) - sizes).astype(np.int32)
+        tables = np.array([block for row in blocks for block in row], dtype=np.int32)
+        if len(self._known) > MOST_KEPT:
+            self._known.clear()
+        self._known[key] = [list(row) for row in blocks], starts, tables
+        return starts, tables
 
 
-def cut_items(lengths: NDArray[np.int64], num_items: int) -> Words:
-    """Cut rows of `lengths` tokens into at most `num_items` items of nearly one length: int32 [num_items, 4]."""
-    assert len(lengths) <= num_items, "a row has an item at least"
-    longest = max(SHORTEST_ITEM, -(-int(lengths.sum()) // num_items))
-    counts = -(-lengths // longest)
-    while counts.sum() > num_items:
-        longest += max(1, longest // 16)
+class ItemCutter:
+    """Cut rows into at most `num_items` items of nearly one length.
+
+    What stays as long as every row has as many items as before is kept.
+    """
+
+    __slots__ = ("_known", "_num_items")
+
+    def __init__(self, num_items: int) -> None:
+        self._num_items = num_items
+        self._known: dict[bytes, tuple[Words, NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def cut(self, lengths: NDArray[np.int64]) -> Words:
+        """Give the items of rows of `lengths` tokens, int32 [num_items, 4]: the cutter's, until it cuts again."""
+        longest = longest_item(int(lengths.sum()), len(lengths), self._num_items)
         counts = -(-lengths // longest)
-    rows = np.repeat(np.arange(len(lengths)), counts)
-    firsts = np.cumsum(counts) - counts
-    places = np.arange(len(rows)) - firsts[rows]
-    each = -(-lengths // counts)[rows]  # even parts of a row
-    items = np.full((num_items, ITEM_WORDS), -1, dtype=np.int32)
-    used = items[: len(rows)]
-    used[:, 0] = rows
-    used[:, 1] = np.minimum(places * each, lengths[rows])
-    used[:, 2] = np.minimum((places + 1) * each, lengths[rows])
-    used[:, 3] = firsts[rows] | counts[rows] << 16
-    return items
+        key = counts.tobytes()
+        if key not in self._known:
+            if len(self._known) > MOST_KEPT:
+                self._known.clear()
+            self._known[key] = self._make(counts)
+        items, rows, places = self._known[key]
+        each = -(-lengths // counts)  # even parts of a row
+        starts, steps = places * each[rows], each[rows]
+        items[: len(rows), 1] = starts
+        items[: len(rows), 2] = np.minimum(starts + steps, lengths[rows])
+        return items
+
+    def _make(self, counts: NDArray[np.int64]) -> tuple[Words, NDArray[np.int64], NDArray[np.int64]]:
+        rows = np.repeat(np.arange(len(counts)), counts)
+        firsts = np.cumsum(counts) - counts
+        items = np.full((self._num_items, ITEM_WORDS), -1, dtype=np.int32)
+        items[: len(rows), 0] = rows
+        items[: len(rows), 3] = firsts[rows] | counts[rows] << 16
+        return items, rows, np.arange(len(rows)) - firsts[rows]
 
 
-def write_step(layout: StepLayout, batch: Batch, tables: BlockTables, words: Words) -> int:
+def longest_item(num_tokens: int, num_rows: int, num_items: int) -> int:
+    """Give the length at which rows of `num_tokens` tokens in all are cut, however they share them."""
+    assert num_rows < num_items, "a row has an item at least"
+    return max(SHORTEST_ITEM, -(-num_tokens // (num_items - num_rows)))  # each row's last item may be nearly empty
+
+
+def write_step(layout: StepLayout, batch: Batch, tables: BlockTables, cutter: ItemCutter, words: Words) -> int:
     """Write a token step's words, but for the token ids, and give how many there are."""
     num_rows, given = layout.num_rows, batch.num_rows
-    context = np.array(batch.context, dtype=np.int64)
-    arrays = [tables.array(blocks) for blocks in batch.blocks]
-    sizes = np.array([len(array) for array in arrays])
-    ends = np.cumsum(sizes)
+    context = np.array(batch.context)
+    starts, blocks = tables.arrays(batch.blocks)
     words[num_rows : num_rows + given] = context
     words[num_rows + given : 2 * num_rows] = -1
-    words[2 * num_rows : 2 * num_rows + given] = ends - sizes
-    words[layout.items_start : layout.tables_start] = cut_items(context + 1, layout.num_items).ravel()
-    stop = layout.tables_start + int(ends[-1])
+    words[2 * num_rows : 2 * num_rows + given] = starts
+    words[layout.items_start : layout.tables_start] = cutter.cut(context + 1).ravel()
+    stop = layout.tables_start + len(blocks)
     assert stop <= layout.num_words, "the tables' room is that of the longest rows"
-    np.concatenate(arrays, out=words[layout.tables_start : stop])
+    words[layout.tables_start : stop] = blocks
     return stop
 
 

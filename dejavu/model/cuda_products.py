@@ -1,7 +1,7 @@
 """Multiply by a stage's matrices on CUDA: a kernel for few rows where it is faster than cuBLAS, tried out once.
 
 Which one multiplies is chosen for each (matrix, rows) by timing all on the stage's own weights, before the first graph
-of that many rows is captured; `Products.chosen` says what came out.
+of that many rows is captured, and kept on disk (cuda_choices.py); `Products.chosen` says what came out.
 """
 
 from __future__ import annotations
@@ -13,51 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dejavu.assets import data_path
 from dejavu.device.cuda_launch import Kernel, KernelModule
+from dejavu.model.cuda_choices import Variant, agree, recall
 from dejavu.model.cuda_operations import architecture_of, current_stream, type_definition
 from dejavu.model.layers import Linear
 
 MOST_ROWS = 32  # of the kernel
 ROWS_OF_TILE = 8
-_TURN_BYTES = 512 * 4  # of shared memory, of 16 output channels, a warp and turn
 _TRIALS = 3
 _TRIED_LAYERS = 6  # so that no weights are in the cache when their turn comes
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """Name one shape of skinny.cu's kernel: a block's part, how deep it copies ahead, and blocks per part."""
-
-    blocks_m: int
-    warps_m: int
-    warps_k: int
-    stages: int
-    splits: int = 1
-
-    @property
-    def function(self) -> str:
-        """Give the kernel's name."""
-        return f"skinny_{self.blocks_m}_{self.warps_m}_{self.warps_k}_{self.stages}"
-
-    @property
-    def source(self) -> str:
-        """Give the line that makes the kernel."""
-        return f"VARIANT({self.function}, {self.blocks_m}, {self.warps_m}, {self.warps_k}, {self.stages})"
-
-    @property
-    def num_threads(self) -> int:
-        """Count the threads of a block."""
-        return 32 * self.warps_m * self.warps_k
-
-    @property
-    def shared_bytes(self) -> int:
-        """Give the bytes of shared memory of a block."""
-        return self.warps_m * self.warps_k * self.stages * self.blocks_m * _TURN_BYTES
-
-    @property
-    def channels(self) -> int:
-        """Count the matrix rows that a block takes."""
-        return 16 * self.blocks_m * self.warps_m
 
 
 SHAPES = (
@@ -119,11 +84,23 @@ class Products:
         first = alike[0]
         if (first.name, num_rows) in self.chosen:
             return
+        key = self._key(first, num_rows)
+        try:
+            self.chosen[first.name, num_rows] = recall(key)
+            return
+        except KeyError:  # the first time on this host
+            pass
         times: dict[Variant | None, float] = {None: self._time(None, alike, num_rows, num_out_bytes)}
         for variant in self._variants(first, num_rows):
             times[variant] = self._time(variant, alike, num_rows, num_out_bytes)
         self.times_us[first.name, num_rows] = times
-        self.chosen[first.name, num_rows] = min(times, key=lambda variant: times[variant])
+        self.chosen[first.name, num_rows] = agree(key, min(times, key=lambda variant: times[variant]))
+
+    def _key(self, product: Product, num_rows: int) -> tuple[object, ...]:
+        kernel = data_path("kernels", "skinny.cu").read_text(), SHAPES, SPLITS, torch.__version__
+        flags = product.activation, product.gated, product.linear.bias is not None
+        device = torch.cuda.get_device_name(self.device)
+        return *kernel, device, str(self.dtype), tuple(product.linear.weight.shape), *flags, num_rows
 
     def _variants(self, product: Product, num_rows: int) -> list[Variant]:
         num_in = product.linear.weight.shape[1]

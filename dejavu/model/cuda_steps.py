@@ -11,11 +11,12 @@ from torch import Tensor
 from dejavu.model.batch import Batch
 from dejavu.model.cuda_operations import StepInputs
 from dejavu.model.cuda_pass import StageParts, StagePass
-from dejavu.model.cuda_plan import ITEM_WORDS, BlockTables, StepLayout, Words, write_step
+from dejavu.model.cuda_plan import ITEM_WORDS, BlockTables, ItemCutter, StepLayout, Words, write_step
 from dejavu.model.cuda_products import Product, Products, capture
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ATTENTION_BLOCKS = 1056  # that an H200 holds at once: 132 multiprocessors of 8
+MOST_SPARE_ITEMS = 96  # so that rows' parts come in several rounds of blocks, and the last round is short
 RING_SLOTS = 16
 
 
@@ -157,6 +158,7 @@ class StepGraph:
 
     graph: torch.cuda.CUDAGraph
     memory: StepMemory
+    cutter: ItemCutter
     output: Tensor  # [rows, ...]
 
 
@@ -198,7 +200,7 @@ class TokenSteps:
         def write(words: Words) -> int:
             if on_host:
                 words[: batch.num_rows] = batch.token_ids.numpy()
-            return write_step(layout, batch, self._tables, words)
+            return write_step(layout, batch, self._tables, step.cutter, words)
 
         self._rings[layout.num_rows].upload(write, memory.words)
         if self.parts.embedding is None:
@@ -237,9 +239,9 @@ class TokenSteps:
         outputs: list[Tensor] = []
         step = TokenPass(self.parts, self.products, memory, pool)
         graph = capture(lambda: outputs.append(step.run()), pool.device)
-        return StepGraph(graph, memory, outputs[0])
+        return StepGraph(graph, memory, ItemCutter(memory.layout.num_items), outputs[0])
 
     def _layout(self, num_rows: int, pool: Tensor) -> StepLayout:
         blocks_per_row = min(pool.shape[0], -(-self.parts.spec.max_positions // pool.shape[3]) + 1)
-        num_items = num_rows + -(-ATTENTION_BLOCKS // self.parts.operations.attention_blocks)
-        return StepLayout(num_rows, num_items, num_rows * blocks_per_row)
+        spare = -(-ATTENTION_BLOCKS // self.parts.operations.attention_blocks) + min(MOST_SPARE_ITEMS, 3 * num_rows)
+        return StepLayout(num_rows, num_rows + spare, num_rows * blocks_per_row)

@@ -8,7 +8,7 @@ import torch
 
 from dejavu.device import num_cuda_devices
 from dejavu.model.batch import Batch
-from dejavu.model.cuda_plan import BlockTables, StepLayout, write_step
+from dejavu.model.cuda_plan import BlockTables, ItemCutter, StepLayout, write_step
 from dejavu.model.layers import LayerNorm, Linear, RMSNorm, alibi_slopes, rope_frequencies
 from dejavu.model.spec import Shard
 from dejavu.model.table import MODELS
@@ -105,7 +105,7 @@ def test_attend(case, dtype):
     layout = StepLayout(8, 8 + 5, 400)
     words = np.zeros(layout.num_words, np.int32)
     batch = Batch(torch.zeros(5), [1] * 5, context, blocks, [])
-    write_step(layout, batch, BlockTables(), words)
+    write_step(layout, batch, BlockTables(), ItemCutter(layout.num_items), words)
     on_device, pool = torch.from_numpy(words).cuda(), pool.cuda()
     before = pool.clone()
     from dejavu.model.cuda_operations import StepInputs

@@ -2,22 +2,21 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dejavu.model.batch import Batch
 from dejavu.model.cuda_plan import (
     SHORTEST_ITEM,
     BlockTables,
+    ItemCutter,
     StepLayout,
-    cut_items,
     plan_prompts,
     write_step,
 )
 
 
-@pytest.mark.parametrize("lengths", [[1], [64, 65], [2000, 1, 300], [513] * 32, [1, 5000], list(range(1, 400, 7))])
-@pytest.mark.parametrize("spare", [0, 1, 26])
-def test_items_cover_every_token_once(lengths, spare):
-    items = cut_items(np.array(lengths), len(lengths) + spare)
+def check_items(items, lengths):
     seen = [np.zeros(length, int) for length in lengths]
     for index, (row, start, stop, share) in enumerate(items):
         if row < 0:
@@ -31,8 +30,16 @@ def test_items_cover_every_token_once(lengths, spare):
     assert all((tokens == 1).all() for tokens in seen)
 
 
+@given(st.lists(st.integers(2, 3000), min_size=1, max_size=40), st.integers(1, 140))
+def test_items_cover_every_token_once(lengths, spare):
+    cutter = ItemCutter(len(lengths) + spare)
+    for step in (0, 1, 2, 70):  # the kept parts stay right while the rows grow
+        grown = np.array(lengths) + step
+        check_items(cutter.cut(grown), grown)
+
+
 def test_items_share_the_work():
-    items = cut_items(np.array([2048, 64]), 34)
+    items = ItemCutter(35).cut(np.array([2048, 64]))
     sizes = (items[:, 2] - items[:, 1])[items[:, 0] >= 0]
     assert sizes.max() <= 2 * SHORTEST_ITEM
 
@@ -45,7 +52,7 @@ def test_step_words():
     layout = StepLayout(num_rows=4, num_items=7, table_words=40)
     words = np.full(layout.num_words, 77, np.int32)
     blocks = [[5, 3, 9], [8], [2, 7]]
-    count = write_step(layout, batch([40, 3, 17], blocks), BlockTables(), words)
+    count = write_step(layout, batch([40, 3, 17], blocks), BlockTables(), ItemCutter(7), words)
     assert words[4:8].tolist() == [40, 3, 17, -1]
     starts = words[8:11]
     assert [words[layout.tables_start + s :][: len(b)].tolist() for s, b in zip(starts, blocks, strict=True)] == blocks
@@ -56,13 +63,13 @@ def test_step_words():
 
 
 def test_tables_follow_the_lists():
-    tables, blocks = BlockTables(), [4, 5]
-    assert tables.array(blocks).tolist() == [4, 5]
-    blocks.append(9)
-    assert tables.array(blocks).tolist() == [4, 5, 9]
-    blocks[1] = 6
-    assert tables.array(blocks).tolist() == [4, 6, 9]
-    assert tables.array([4, 6, 9]) is tables.array(blocks)
+    tables, blocks = BlockTables(), [[4, 5], [7]]
+    assert [array.tolist() for array in tables.arrays(blocks)] == [[0, 2], [4, 5, 7]]
+    blocks[0].append(9)
+    assert [array.tolist() for array in tables.arrays(blocks)] == [[0, 3], [4, 5, 9, 7]]
+    blocks[1][0] = 6
+    assert [array.tolist() for array in tables.arrays(blocks)] == [[0, 3], [4, 5, 9, 6]]
+    assert tables.arrays([[4, 5, 9], [6]])[1] is tables.arrays(blocks)[1]
 
 
 @pytest.mark.parametrize("context", [[0, 0, 0], [0, 20, 3]])
