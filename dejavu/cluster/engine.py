@@ -224,6 +224,7 @@ def open_links(site: Site, stack: ExitStack) -> Links:
         links.inbox = open_inbox(channel, device, site.neighbour(-1), most, size, dtype_of(setup), stack)
     if not shard.is_last:
         links.outbox = open_outbox(channel, device, site.neighbour(1), stack)
+        links.onward = links.outbox.name if links.outbox else "mpi, through the hosts' memory"
     stack.push(links.leave)
     return links
 

@@ -26,11 +26,15 @@ MEETING_S = 600.0  # a neighbour may still be starting, or compiling kernels
 
 @dataclass(slots=True)
 class Links:
-    """Hold what this worker's GPU has with others; None where there is no such neighbour, or only MPI reaches it."""
+    """Hold what this worker's GPU has with others; None where there is no such neighbour, or only MPI reaches it.
+
+    `onward` names the way to the next stage, for people; empty where there is none.
+    """
 
     sums: GroupSum | None = None
     inbox: HiddenIn | None = None
     outbox: HiddenOut | None = None
+    onward: str = ""
 
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """End all waits where this rank has failed, before the first of them is closed: they share a stream."""
@@ -47,8 +51,8 @@ class Links:
     def describe(self) -> list[str]:
         """Say which ways are used, for people."""
         notes = [self.sums.describe()] if self.sums is not None else []
-        if self.outbox is not None:
-            notes.append(f"hidden states to the next stage: {self.outbox.name}")
+        if self.onward:
+            notes.append(f"hidden states to the next stage: {self.onward}")
         return notes
 
 
