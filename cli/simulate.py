@@ -65,6 +65,8 @@ SWEEP_COLUMNS = {
 @click.option("--swap-bytes", type=float, help="Swap: KV bytes per token and row in one stage.")
 @click.option("--resident", type=int, default=2, show_default=True, help="Microbatches on the device, with swapping.")
 @click.option("--host-gbps", type=float, default=25.0, show_default=True, help="Host link that swapping uses, GB/s.")
+@click.option("--replica-bytes", type=float, help="Replicate: KV bytes per token and row in one stage.")
+@click.option("--replica-gbps", type=float, default=25.0, show_default=True, help="Link to the replica, GB/s.")
 @click.option("--kill", "kills", multiple=True, metavar="SECONDS[:PIPELINE]", help="Lose a stage; may be repeated.")
 @click.option("--detect-ms", type=float, default=10.0, show_default=True, help="From a kill to its detection.")
 @click.option(
@@ -157,10 +159,12 @@ def rank_names(setup: Any) -> dict[int, str]:
 
 def make_setup(options: dict[str, Any]) -> Any:
     """Describe the pipelines."""
-    from dejavu.planning.setup import PipelineSetup, Setup, Swap
+    from dejavu.planning.setup import PipelineSetup, Replication, Setup, Swap
     from dejavu.planning.times import FixedTimes, check_times
 
     split = is_disaggregated(options)
+    if options["replicas"] < 1:
+        raise UsageError(f"{options['replicas']} replicas cannot serve: give at least 1")
     check_times(prompt_ms=options["prompt_ms"], token_ms=options["token_ms"], cache_ms=options["cache_ms"])
     times = FixedTimes(options["prompt_ms"] / 1e3, options["token_ms"] / 1e3)
     same = {name: options[name] for name in ("rows", "microbatches", "prompt_chunk", "max_prompt_tokens")}
@@ -168,6 +172,8 @@ def make_setup(options: dict[str, Any]) -> Any:
     swap = None
     if options["swap_bytes"] is not None:
         swap = Swap(options["swap_bytes"], options["host_gbps"] * 1e9, options["resident"])
+    if options["replica_bytes"] is not None:
+        same |= {"replication": Replication(options["replica_bytes"], options["replica_gbps"] * 1e9)}
     if split:
         prompt_rows = options["rows"] if options["prompt_batch"] is None else options["prompt_batch"]
         own = same | {"microbatches": 0, "rows": prompt_rows}

@@ -2,6 +2,7 @@
 
 import heapq
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Inbox:
 
     requests: queue.SimpleQueue[Request] = field(default_factory=queue.SimpleQueue)
     cancels: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of the count of requests
 
 
 class Controller:
@@ -100,7 +102,8 @@ class Controller:
         """Take a request; raise CapacityError if a pool could never hold it."""
         for lane in self.seating.lanes:
             lane.check(request)
-        self.counts.submitted += 1
+        with self.inbox.lock:
+            self.counts.submitted += 1
         self.inbox.requests.put(request)
 
     def cancel(self, request_id: str) -> None:

@@ -8,7 +8,7 @@ import heapq
 from collections import deque
 
 from dejavu.measure.records import StepKind
-from dejavu.planning.flow import SAME_S, Flow, StagedFlow
+from dejavu.planning.flow import SAME_S, Flow, Moves, StagedFlow
 from dejavu.planning.microbatch import INFINITY, Done, Job, Mark, Microbatch, Pass, Seat
 from dejavu.planning.setup import Failure, PipelineSetup
 from dejavu.planning.steady import begin_turn, space_out, steady_turn_s, turns_to_skip
@@ -23,7 +23,7 @@ class Pipeline:
     def __init__(self, setup: PipelineSetup, *, record: bool = False) -> None:
         self.setup = setup
         self.microbatches = [Microbatch(index, setup.rows) for index in range(setup.num_microbatches)]
-        self.staged = record or setup.swap is not None
+        self.staged = record or setup.swap is not None or setup.replication is not None
         self.flow: Flow | StagedFlow = Flow(setup.stages, setup.hop_s)
         if self.staged:
             resident = setup.swap.resident if setup.swap else 1
@@ -162,7 +162,7 @@ class Pipeline:
         begun_s = start_s
         if microbatch.pending:
             self.take_prompts(microbatch, start_s)
-        elif not self.record:
+        elif not self.record and not self.setup.replication:
             start_s += self.skip_turns(microbatch, start_s, horizon_s)
         chunked = self.setup.prompt_chunk > 0
         microbatch.stepping = len(microbatch.active) if chunked or not microbatch.prompting else 0
@@ -172,8 +172,8 @@ class Pipeline:
         if isinstance(self.flow, Flow):
             microbatch.ready_s = self.flow.push(start_s, duration_s) + self.return_s
         else:
-            swapping = self.swap_s(microbatch)
-            microbatch.ready_s = self.flow.push(start_s, duration_s, *swapping) + self.return_s
+            moves = Moves(*self.swap_s(microbatch), self.copy_s(microbatch))
+            microbatch.ready_s = self.flow.push(start_s, duration_s, moves) + self.return_s
         self.work_s += duration_s
         self.num_passes += 1
         self.under_way.append(microbatch)
@@ -228,8 +228,12 @@ class Pipeline:
         is_here = microbatch.index in self.present
         self.make_present(microbatch, swap.resident)
         read = microbatch.context if microbatch.stepping and not is_here else 0
-        written = microbatch.stepping + sum([tokens for _, tokens in microbatch.prompting])
-        return swap.move_s(read), swap.move_s(written)
+        return swap.move_s(read), swap.move_s(new_tokens(microbatch))
+
+    def copy_s(self, microbatch: Microbatch) -> float:
+        """Give the time to copy a pass's new tokens to their replica; a prompt pipeline has none."""
+        replication = self.setup.replication
+        return replication.copy_s(new_tokens(microbatch)) if replication and self.setup.role != "prompt" else 0.0
 
     def make_present(self, microbatch: Microbatch, resident: int) -> None:
         """Let a microbatch's KV be on the device, in place of one that has no step to come, or the longest unused."""
@@ -379,6 +383,11 @@ class Pipeline:
         self.flow.delay_until(failure.resume_s)
         self.changes += 1
         return going_back
+
+
+def new_tokens(microbatch: Microbatch) -> int:
+    """Count the tokens that the pass under way adds to the cache."""
+    return microbatch.stepping + sum([tokens for _, tokens in microbatch.prompting])
 
 
 def cut_short(done: Pass, time_s: float) -> Pass:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from dejavu.errors import CapacityError, ConfigError
+from dejavu.errors import CapacityError, ConfigError, UsageError
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.profile import Profile, ProfileTimes
 from dejavu.planning.result import Result
@@ -170,6 +170,11 @@ class Goal:
     ttft_s: float = INFINITY
     tpot_s: float = INFINITY
 
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"no request keeps a limit {name} of {getattr(self, name):g}: give more than 0")
+
     @property
     def name(self) -> str:
         """Name the score."""
@@ -215,6 +220,14 @@ class Task:
     dtype_bytes: int = 2
     stream_slowdown: float = 1.0
     batches: tuple[int, ...] = BATCHES
+
+    def __post_init__(self) -> None:
+        if not self.requests:
+            raise UsageError("there are no requests to plan for: give at least one")
+        if not self.stream_slowdown > 0:
+            raise ConfigError(
+                f"prompts cannot take {self.stream_slowdown:g} times as long: give more than 0, such as 1"
+            )
 
     @property
     def row_len(self) -> int:

@@ -33,6 +33,26 @@ class Swap:
 
 
 @dataclass(frozen=True, slots=True)
+class Replication:
+    """Copy the KV of each pass's new tokens to another place, behind the next pass's compute.
+
+    A stage keeps the copies of at most two passes under way, so a link that is slower than the passes delays them.
+    """
+
+    bytes_per_token: float
+    bandwidth: float
+
+    def __post_init__(self) -> None:
+        check_times(replica_bytes_per_token=self.bytes_per_token)
+        if not self.bandwidth > 0:
+            raise UsageError(f"a replica's link of {self.bandwidth:g} bytes/s moves nothing: give more than 0")
+
+    def copy_s(self, num_tokens: int) -> float:
+        """Give the time to copy the KV of so many tokens."""
+        return num_tokens * self.bytes_per_token / self.bandwidth
+
+
+@dataclass(frozen=True, slots=True)
 class PipelineSetup:
     """Describe one pipeline. At most one pass of a microbatch is under way; new prompts go before token steps.
 
@@ -50,6 +70,7 @@ class PipelineSetup:
     max_prompt_tokens: int = 8192
     hop_s: float = 0.0
     swap: Swap | None = None
+    replication: Replication | None = None
 
     def __post_init__(self) -> None:
         for name in ("stages", "rows", "max_prompt_tokens"):
@@ -116,6 +137,8 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_times(cache_s=self.cache_s, admission_s=self.admission_s)
+        if self.prompt_ahead is not None and self.prompt_ahead < 0:
+            raise UsageError(f"memory for {self.prompt_ahead} requests more is impossible: give 0 or more")
         roles = {pipeline.role for pipeline in self.pipelines}
         if roles not in ({"both"}, {"prompt", "token"}):
             raise UsageError("pipelines have to be all for both, or some for prompts and the others for tokens")

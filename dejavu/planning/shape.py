@@ -20,6 +20,11 @@ class ModelShape:
     kv_heads: int = 1
     max_positions: int = 1 << 30
 
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "layer_params", "attention_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} makes no model: give at least 1")
+
     def stage_layers(self, stages: int) -> int:
         """Give the layers of the fullest of `stages` even stages."""
         return -(-self.num_layers // stages)

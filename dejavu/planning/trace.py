@@ -68,7 +68,9 @@ def make_lmsys_like(num_requests: int, *, seed: int = 0, rate: float = 0.0) -> l
 
 
 def with_rate(entries: Sequence[TraceEntry], rate: float, seed: int = 0) -> list[TraceEntry]:
-    """Let entries arrive in their order as a Poisson process of `rate` requests per second."""
+    """Let entries arrive in their order as a Poisson process of `rate` requests per second, or raise UsageError."""
+    if not 0 < rate < float("inf"):
+        raise UsageError(f"a rate of {rate:g} requests per second is impossible: give a finite number above 0")
     gaps = np.random.default_rng(seed).exponential(1 / rate, len(entries))
     arrivals = np.cumsum(gaps).tolist()
     return [

@@ -98,7 +98,7 @@ class World(NamedTuple):
 
 def fits(setup: Setup) -> bool:
     """Tell whether machine code can simulate a setup."""
-    plain = all(isinstance(each.times, Tabled) and each.swap is None for each in setup.pipelines)
+    plain = all(isinstance(each.times, Tabled) and not (each.swap or each.replication) for each in setup.pipelines)
     return plain and not setup.failures
 
 

@@ -22,6 +22,13 @@ PAPER = (
 )
 
 
+SIMULATE = "simulate --stages 2 --prompt-ms 3 --token-ms 2"
+PLAN = (
+    "plan --devices 2 --memory-gb 10 --layers 4 --layer-params 10 --attention-size 512 --prompt-ms 10 --token-ms 1 "
+    "--num-requests 4"
+)
+
+
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
     """Run a command line in an empty directory; give its exit code, stdout and stderr."""
@@ -135,6 +142,23 @@ def test_plan_by_profile(run, tmp_path):
         (f"{PAPER} --devices 4", "--prompt-ms is missing"),
         (f"{PAPER} --devices 4 --prompt-ms -5", "--prompt-ms -5"),
         ("plan --devices 2 --layers 8 --layer-params 1 --attention-size 1 --prompt-ms 1 --token-ms 1", "--memory-gb"),
+        (f"{SIMULATE} --rate -1", "a rate of -1"),
+        (f"{SIMULATE} --replicas 0", "0 replicas"),
+        (f"{SIMULATE} --kill 1:7", "no pipeline 7"),
+        (f"{SIMULATE} --kill -1", "kill_s -1"),
+        (f"{SIMULATE} --batch 0", "rows 0"),
+        (f"{SIMULATE} --swap-bytes 1 --host-gbps 0", "host link"),
+        (f"{SIMULATE} --swap-bytes 1 --resident 0", "0 resident"),
+        (f"{SIMULATE} --replica-bytes -1", "replica_bytes_per_token -1"),
+        (f"{SIMULATE} --num-requests 0", "--num-requests 0"),
+        ("simulate --prompt-stages 1 --token-stages 1 --prompt-ms 3 --token-ms 2 --prompt-ahead -5", "for -5 requests"),
+        (f"{PLAN} --num-requests 0", "no requests to plan for"),
+        (f"{PLAN} --batch -3", "rows -3"),
+        (f"{PLAN} --stream-slowdown -1", "-1 times as long"),
+        (f"{PLAN} --ttft -1", "ttft_s of -0.001"),
+        (f"{PLAN} --layers 0", "num_layers 0"),
+        (f"{PLAN} --memory-gb 1e-9", "no layout fits"),
+        (f"{PLAN} --devices 0", "0 devices"),
         ("trace show nothing.csv", "nothing.csv"),
         ("trace make --out x.txt", "no known form"),
         ("trace make --out x.json --num-requests 0", "0 requests"),

@@ -13,7 +13,7 @@ from dejavu.errors import UsageError
 from dejavu.planning.flow import Flow, StagedFlow
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.paper_simulator import simulate_colocated, simulate_disaggregated
-from dejavu.planning.setup import Failure, PipelineSetup, Setup, Swap
+from dejavu.planning.setup import Failure, PipelineSetup, Replication, Setup, Swap
 from dejavu.planning.simulator import colocated, simulate
 from dejavu.planning.times import FixedTimes
 
@@ -316,6 +316,15 @@ def test_more_resident_microbatches_are_fetched_earlier():
         for resident in (1, 2, 4)
     ]
     assert stalls[0] > stalls[1] >= stalls[2]
+
+
+@pytest.mark.parametrize(("bandwidth", "turn_s"), [(1e3, 0.1), (40.0, 0.1), (5.0, 0.2)])
+def test_replication_costs_only_what_the_link_cannot_hide(bandwidth, turn_s):
+    """One token of KV a step: 1 ms and 25 ms hide behind a step of 100 ms; of 200 ms, each step waits for the link."""
+    pipeline = PipelineSetup(1, FixedTimes(1.0, 0.1), replication=Replication(1.0, bandwidth))
+    result = simulate(colocated(pipeline), [Lengths(1, 101)])
+    assert result.finish_s[0] == pytest.approx(1.0 + 100 * turn_s, abs=0.31)
+    assert (result.stall_s > 0) == (turn_s > 0.1)
 
 
 @pytest.mark.parametrize(("kv_lost", "end_s"), [(False, 3.45), (True, 4.35)])
