@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dejavu.cluster.accelerator import claim_memory, enter_device
 from dejavu.cluster.company import join_clock, workers_comm
@@ -32,11 +33,11 @@ from dejavu.device.base import Device
 from dejavu.device.vault import Vault
 from dejavu.engine.messages import Ready, Report
 from dejavu.engine.setup import EngineSetup
-from dejavu.engine.worker import Worker
+from dejavu.engine.worker import Stage, Worker
 from dejavu.errors import CapacityError, PeerLostError, TransferError
 from dejavu.measure.clock import RunClock
 from dejavu.measure.cpu import CpuMeter
-from dejavu.topology import CONTROLLER, Placement
+from dejavu.topology import CONTROLLER, Placement, Role
 from dejavu.transport.mpi import Channel
 
 
@@ -91,6 +92,7 @@ class Participant:
             holdings = self.holdings = self.hold(site, links)
             swap = make_swap(site, ties) if site.cache.is_swapped else None
             mover, restored = make_mover(site, comm, holdings, swap, ties)
+            prepare_steps(site, holdings.stage, swap.tensor if swap else holdings.pool)
             tokens = {row.serial: row.length for row in restored.rows.values()}
             found = tuple(links.describe()), holdings.has_kv, tokens, restored.nbytes, restored.seconds
             channel.send(CONTROLLER, Ready(time.monotonic() - started, *found, holdings.kept_bytes))
@@ -124,6 +126,12 @@ class Participant:
         if links.sums is not None:
             self.holdings.stage, _ = make_stage(site, make_all_reduce(site, links), self.stack)
         return self.holdings
+
+
+def prepare_steps(site: Site, stage: Stage, pool: Tensor) -> None:
+    """Prepare token steps of every number of rows, so that no request waits for it; tensor ranks do so together."""
+    if site.pipeline.role is not Role.PROMPT:
+        stage.warm_up(pool, range(1, site.pipeline.shape.microbatch_size + 1))
 
 
 @contextmanager

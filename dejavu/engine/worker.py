@@ -24,6 +24,9 @@ class Stage(Protocol):
     hidden_size: int
     dtype: torch.dtype
 
+    def warm_up(self, pool: Tensor, row_counts: Sequence[int]) -> None:
+        """Prepare token steps of so many rows, where that takes time; before the first pass."""
+
     def forward(
         self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None = None
     ) -> Tensor:

@@ -1,7 +1,7 @@
 """A stage that waits instead of computing, so that schedules can be studied at any scale on few cores."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class SyntheticStage:
         self.vocab_size = vocab_size
         self.prompt_s = prompt_ms / 1e3
         self.token_s = token_ms / 1e3
+
+    def warm_up(self, pool: Tensor, row_counts: Sequence[int]) -> None:
+        """Have nothing to prepare."""
 
     def forward(
         self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None = None
