@@ -124,8 +124,7 @@ def run_rank(configs: list[ServeConfig], options: dict[str, Any], out: str | Non
 
 def with_host_time(rows: list[Row], outcome: "Outcome") -> list[Row]:
     """Add what the engine's slowest rank took of its thread for a pass: on a GPU, to queue it."""
-    reports = outcome.reports.values()
-    slowest_us = max(1e6 * report.host_s / max(1, len(report.steps)) for report in reports)
+    slowest_us = max(report.host_us_per_step for report in outcome.reports.values())
     return [{**row, "host_us_per_step": slowest_us} for row in rows]
 
 

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import torch
 
+from dejavu.cluster.process import sleep_precisely
 from dejavu.device import Device, num_cuda_devices, open_device
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import ITEM_BYTES, Room, activation_bytes, check_rooms, describe_rooms
@@ -26,6 +27,7 @@ def enter_device(channel: Channel, setup: EngineSetup, stack: ExitStack) -> Devi
     """Open the device that this worker computes on; on a GPU also make a stream of its own torch's current one."""
     if not setup.on_cuda:
         return stack.enter_context(open_device("cpu"))
+    sleep_precisely()
     index = accelerator_index(channel)
     device = stack.enter_context(open_device("cuda", index))
     torch.cuda.set_device(index)

@@ -27,7 +27,7 @@ from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover, Movers, NoMover, PromptMover, SyntheticMover, TokenMover
 from dejavu.engine.inlet import DirectInlet, HostInlet, Inlet, NoInlet, StagedInlet
 from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
-from dejavu.engine.messages import Busy, Report
+from dejavu.engine.messages import Busy, Report, Sampled
 from dejavu.engine.replication import ReplicaSource
 from dejavu.engine.residency import Residency
 from dejavu.engine.rows import RowTable
@@ -379,7 +379,7 @@ def make_worker(
         swap.mover.books if swap else GivenBlocks(),
         make_inlet(site, holdings.stage, links),
         source,
-        make_sink(site, links, scheduler, clock),
+        make_sink(site, links, scheduler, flights),
         mover,
         flights,
         make_timeline(site, clock),
@@ -403,7 +403,7 @@ def make_inlet(site: Site, stage: Stage, links: Links) -> Inlet:
     return StagedInlet(inlet, site.device.torch_device) if site.setup.on_cuda else inlet
 
 
-def make_sink(site: Site, links: Links, scheduler: Scheduler, clock: RunClock) -> Sink:
+def make_sink(site: Site, links: Links, scheduler: Scheduler, flights: Flights) -> Sink:
     """Pass hidden states on; on the last stage sample, and tell the first stage and the controller."""
     channel, shard, on_cuda = site.channel, site.shard, site.setup.on_cuda
     if not shard.is_last and links.outbox is not None:
@@ -416,8 +416,16 @@ def make_sink(site: Site, links: Links, scheduler: Scheduler, clock: RunClock) -
         return ToSum(logits) if isinstance(logits, LogitSum) else ToLeader(channel, leader)
     head = site.pipeline.head
     to_head = scheduler.sampled if head == channel.rank else lambda sampled: channel.send(head, sampled)
-    tell = [to_head, lambda sampled: channel.send(CONTROLLER, sampled)]
-    return Sampling(site.setup.spec, logits, clock.now_s, tell)
+
+    def to_controller(sampled: Sampled) -> None:
+        channel.send(CONTROLLER, sampled)
+
+    def to_controller_later(sampled: Sampled) -> None:
+        flights.later.append(lambda: to_controller(sampled))
+
+    # On a GPU the next pass is queued first, if it is queued here.
+    tell = [to_head, to_controller_later if on_cuda and head == channel.rank else to_controller]
+    return Sampling(site.setup.spec, logits, flights.now_s, tell)
 
 
 def make_logits(site: Site, links: Links) -> Logits:

@@ -101,7 +101,7 @@ class Participant:
             worker = make_worker(site, holdings, swap, mover, links, clock)
             self.lay_tripwire(worker, clock)
             worker.run()
-            report = Report(holdings.steps, holdings.meter.read(), worker.flights.host_s)
+            report = Report(holdings.steps, holdings.meter.read(), worker.flights.host_us_per_step)
             channel.send(CONTROLLER, mover.report(report, channel.rank, clock.at_s))
 
     def join_keeper(self) -> Vault | None:

@@ -262,9 +262,9 @@ def rank_records(topology: Topology, outcome: Outcome) -> list[RankRecord]:
 
 
 def host_us(outcome: Outcome, rank: int) -> float:
-    """Give the microseconds that a rank's thread took for a pass; NaN where it had none."""
+    """Give the microseconds that a rank's thread takes for a pass; NaN where it had none."""
     report = outcome.reports.get(rank)
-    return 1e6 * report.host_s / len(report.steps) if report and report.steps else float("nan")
+    return report.host_us_per_step if report else float("nan")
 
 
 def show(completions: list[Completion], summary: Summary, directory: RunDirectory) -> None:

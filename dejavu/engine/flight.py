@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 
 from dejavu.engine.messages import Work
 from dejavu.engine.timeline import Mark
@@ -24,6 +25,7 @@ class Flight:
     computed: Mark
     landed: Mark
     finish: Finish | None
+    host_s: float = 0.0  # that queueing it took
 
 
 @dataclass(slots=True)
@@ -39,8 +41,9 @@ class Flights:
     now_s: Callable[[], float]
     check: Callable[[], None] = lambda: None  # raises what made a pass void
     steps: list[StepRecord] = field(default_factory=list)
-    host_s: float = 0.0  # that this rank's thread took to queue and to finish passes
+    host_s: dict[str, list[float]] = field(default_factory=dict)  # by kind, what each pass took of this thread
     under_way: deque[Flight] = field(default_factory=deque)
+    later: deque[Finish] = field(default_factory=deque)  # what may wait until the next pass is queued
     began_s: float = 0.0  # when the first of them was at its turn
     usual_s: dict[str, float] = field(default_factory=dict)  # what the last pass of each kind took
     tell: Callable[[float], None] = lambda compute_s: None  # who watches the run, how long this rank computed
@@ -56,14 +59,24 @@ class Flights:
 
     def look(self) -> float:
         """Finish what is done; give the seconds after which to look again, or infinity."""
+        while self.later:
+            self.later.popleft()()
         while self.under_way and self.under_way[0].landed.reached:
             self.land(self.under_way.popleft())
+        if self.later:
+            return 0.0
         return self.until_next_s() if self.under_way else float("inf")
 
     def drain(self) -> None:
         """Wait until everything is done."""
-        while self.under_way:
+        while self.under_way or self.later:
             time.sleep(min(LONGEST_LOOK_S, self.look()))
+
+    @property
+    def host_us_per_step(self) -> float:
+        """Give the median of what a token step took of this thread, in microseconds; of any pass where it had none."""
+        seconds = self.host_s.get("token") or [each for kind in self.host_s.values() for each in kind]
+        return 1e6 * median(seconds) if seconds else float("nan")
 
     def until_next_s(self) -> float:
         """Give half of the time that the next pass has left, or a part of that by which it is late."""
@@ -79,7 +92,7 @@ class Flights:
         if flight.finish:
             flight.finish()
         self.record(flight)
-        self.host_s += self.now_s() - landed_s
+        self.host_s.setdefault(flight.work.kind, []).append(flight.host_s + self.now_s() - landed_s)
 
     def record(self, flight: Flight) -> None:
         """Note when a pass was here."""

@@ -169,5 +169,5 @@ class Report:
 
     steps: list[StepRecord]
     cpu: CpuUsage
-    host_s: float  # that its thread took for its passes; on a CPU they are computed in it
+    host_us_per_step: float  # that its thread takes for a pass; on a CPU it is computed in it
     transfers: list[TransferRecord] = field(default_factory=list)

@@ -124,8 +124,8 @@ class Worker:
         self.mover.end(work)
         computed = self.timeline.mark()
         finish = self.sink.put(work, output)
-        self.flights.host_s += time.monotonic() - begun_s
-        self.flights.add(Flight(work, start, computed, self.timeline.mark(), finish))
+        landed = self.timeline.mark()
+        self.flights.add(Flight(work, start, computed, landed, finish, time.monotonic() - begun_s))
 
     def batch(self, work: Work) -> Batch:
         """Describe a pass to the model."""

@@ -103,7 +103,7 @@ class TransferRecord:
 class RankRecord:
     """Say how much processor time one rank took while serving: 0.05 of a core is a rank that waits without spinning.
 
-    `host_us_per_step` is what its thread took for each pass: on a CPU that is computing, on a GPU queueing.
+    `host_us_per_step` is what its thread takes for a token step, the median: on a GPU to queue and finish it.
     """
 
     rank: int

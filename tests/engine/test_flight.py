@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
+
 from dejavu.device import open_device
 from dejavu.engine.flight import LONGEST_LOOK_S, SHORTEST_LOOK_S, Flight, Flights
 from dejavu.engine.messages import RowWork, Work
@@ -65,6 +67,19 @@ def test_passes_finish_in_order_and_never_early():
         flights.look()
         assert finished == expected
     assert [(s.start_s, s.compute_end_s) for s in flights.steps] == [(1.5, 2.25), (1.0, 1.5), (2.5, 3.75)]
+
+
+def test_what_may_wait_is_done_at_the_next_look():
+    clock, told = Clock(), []
+    flights = Flights(1, (0, 0), clock)
+    marks = [Promise(clock, 1.0) for _ in range(3)]
+    flights.add(Flight(make_work(0), *marks, lambda: flights.later.append(lambda: told.append(0)), 2e-4))
+    clock.time_s = 1.0
+    assert flights.look() == 0.0  # so that the next look comes at once, or behind the next pass
+    assert told == []
+    assert flights.look() == float("inf")
+    assert told == [0]
+    assert flights.host_us_per_step == pytest.approx(200.0)
 
 
 def test_looks_come_closer_towards_the_usual_time_and_thin_out_behind_it():
