@@ -14,17 +14,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import count
 
-from dejavu.device.base import Buffer, Device, Event, Stream
+from dejavu.device.base import Buffer, Device, Stream
 from dejavu.device.handles import close_all
 from dejavu.device.pieces import Pieces
 from dejavu.errors import DejavuError, PeerLostError, TransferError
 from dejavu.transport.carrier import Carrier, Gathering, Transfer, UnavailableError, check_message
-from dejavu.transport.ipc_line import Exchange, Line, connect_ranks
+from dejavu.transport.ipc_line import Exchange, connect_ranks
 from dejavu.transport.ipc_memory import Exports, Imports
 from dejavu.transport.ipc_messages import Kind, Post, Register, pack_number, split_kind, unpack_number
+from dejavu.transport.ipc_state import Copying, Peer, SendQueue, Unready
 from dejavu.transport.ipc_transfers import WORD_BYTES, IpcReceive, IpcSend, Word, flags_of
 from dejavu.transport.lanes import Lanes
 from dejavu.transport.message import join
@@ -38,42 +38,6 @@ FAREWELL_S = 1.0  # how long a line may have ended before its process does
 AWAITED_PAUSES_S = 1e-4, 5e-3  # between looks, where a post or a stream waits for the thread
 PAUSES_S = 2e-3, 2e-2  # where it only looks after copies
 LINGER_S = 0.5  # how long it goes on looking, so that the next send need not wake it
-
-
-@dataclass(slots=True, eq=False)
-class Peer:
-    """Hold what this rank knows of another one."""
-
-    rank: int
-    line: Line
-    words: Buffer  # its flags
-    imports: Imports  # its memories
-    introduced: set[int] = field(default_factory=set)  # this rank's memories that it knows
-    posts: dict[int, Post] = field(default_factory=dict)  # by key: places without a send
-    sends: dict[int, IpcSend] = field(default_factory=dict)  # by key: sends without a place
-    receives: dict[int, IpcReceive] = field(default_factory=dict)  # by number
-    lost: TransferError | None = None
-    ended_s: float | None = None  # when its line ended
-
-
-@dataclass(slots=True, eq=False)
-class Copying:
-    """Be one send whose copies are queued."""
-
-    peer: Peer
-    send: IpcSend
-    post: Post
-    is_withdrawn: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Unready:
-    """Be one receive whose memory earlier work still uses."""
-
-    peer: Peer
-    receive: IpcReceive
-    post: Post
-    event: Event
 
 
 class IpcCarrier(Carrier):
@@ -102,6 +66,7 @@ class IpcCarrier(Carrier):
         self._gates = Gates(device)
         self._gated: dict[IpcSend, list[tuple[Gate, Stream]]] = {}
         self._copying: list[Copying] = []
+        self._queue = SendQueue()
         self._unready: list[Unready] = []
         self._lock = threading.RLock()
         self._is_closing = False
@@ -123,6 +88,7 @@ class IpcCarrier(Carrier):
                 raise TransferError(f"key {key} is already being sent to rank {peer}: wait for that message first")
             send = IpcSend(peer, key, memory, pieces, self._lanes.mark(stream))
             send.on_cancel, send.on_order = self._cancel_send, self._order_send
+            self._queue.add(send)
             post = there.posts.pop(key, None)
             if post is None:
                 there.sends[key] = send
@@ -205,6 +171,7 @@ class IpcCarrier(Carrier):
         with self._lock:
             receives = [receive for peer in self._peers.values() for receive in list(peer.receives.values())]
             sends = [send for peer in self._peers.values() for send in list(peer.sends.values())]
+            sends += self._queue.held
         for transfer in (*receives, *sends):
             transfer.cancel()
         end_s = time.monotonic() + CLOSE_S
@@ -266,7 +233,11 @@ class IpcCarrier(Carrier):
             self._wake()
 
     def _copy(self, peer: Peer, send: IpcSend, post: Post) -> None:
-        """Queue the copies of a send whose place is known, and the flag behind them."""
+        """Queue the copies of a send whose place is known, and the flag behind them; or hold it back."""
+        if not self._queue.may_start(send):
+            self._queue.hold(Copying(peer, send, post))
+            self._wake()
+            return
         try:
             place = peer.imports.find(post.memory_id)
             if post.pieces.total_bytes != send.nbytes:
@@ -320,6 +291,9 @@ class IpcCarrier(Carrier):
         with self._lock:
             if send.copies is not None:
                 send.copies.cancel()
+            elif held := self._queue.take(lambda item: item.send is send):
+                self._drop(held[0], cancelled())
+                held[0].peer.line.say(pack_number(Kind.FAIL, held[0].post.number, "the sender cancelled"))
             elif self._peers[send.peer].sends.pop(send.key, None) is not None:
                 self._lanes.recycle(send.ready)
                 self._fail_send(send, cancelled())
@@ -336,7 +310,13 @@ class IpcCarrier(Carrier):
         elif gate is not None:
             self.device.wait_flag(word, value, stream=stream, deadline_s=deadline_s)
 
+    def _drop(self, item: Copying, error: BaseException) -> None:
+        """End a send that was held back."""
+        self._lanes.recycle(item.send.ready)
+        self._fail_send(item.send, error)
+
     def _fail_send(self, send: IpcSend, error: BaseException) -> None:
+        self._queue.end(send)
         send.fail(error)
         self._open_gates(send)
 
@@ -352,7 +332,7 @@ class IpcCarrier(Carrier):
             with self._lock:
                 quiet_s = time.monotonic() - moved_s
                 self._is_alert = quiet_s < LINGER_S or self._is_busy()
-                is_awaited = bool(self._unready or self._gated)
+                is_awaited = bool(self._unready or self._gated or self._queue)
             heard = self._selector.select(_rest(quiet_s, is_awaited=is_awaited) if self._is_alert else None)
             with self._lock:
                 for selected, _ in heard:
@@ -364,7 +344,7 @@ class IpcCarrier(Carrier):
     def _is_busy(self) -> bool:
         is_ending = any(peer.ended_s is not None and peer.lost is None for peer in self._peers.values())
         has_more = any(peer.line.has_more_to_say for peer in self._peers.values())
-        return bool(self._copying or self._unready or is_ending or has_more)
+        return bool(self._copying or self._unready or self._queue or is_ending or has_more)
 
     def _tend(self) -> bool:
         """Look after what is under way; tells whether anything moved on."""
@@ -372,6 +352,8 @@ class IpcCarrier(Carrier):
         for item in ended:
             self._copying.remove(item)
             self._conclude(item)
+        for item in self._queue.take(lambda item: self._queue.may_start(item.send)):
+            self._copy(item.peer, item.send, item.post)
         waiting, self._unready = self._unready, []
         for unready in waiting:
             self._offer(unready)
@@ -388,6 +370,7 @@ class IpcCarrier(Carrier):
         """Tell a receiver what its flag does not: that the copies failed, or that they have stopped."""
         copies = item.send.copies
         assert copies is not None
+        self._queue.end(item.send)
         if item.is_withdrawn:
             item.send.fail(TransferError(f"rank {item.peer.rank} has cancelled its receive of key {item.post.key}"))
             item.peer.line.say(pack_number(Kind.WITHDRAWN, item.post.number))
@@ -469,6 +452,8 @@ class IpcCarrier(Carrier):
             if item.peer is peer and item.post.number == number:
                 item.is_withdrawn = True
                 return
+        for item in self._queue.take(lambda item: item.peer is peer and item.post.number == number):
+            self._drop(item, TransferError(f"rank {peer.rank} has cancelled its receive of key {item.post.key}"))
         peer.posts = {key: post for key, post in peer.posts.items() if post.number != number}
         peer.line.say(pack_number(Kind.WITHDRAWN, number))
 
@@ -482,6 +467,8 @@ class IpcCarrier(Carrier):
             self._lanes.recycle(item.event)
         for receive in list(peer.receives.values()):
             receive.finish(peer.lost)
+        for held in self._queue.take(lambda item: item.peer is peer):
+            self._drop(held, peer.lost)
         for send in list(peer.sends.values()):
             self._lanes.recycle(send.ready)
             self._fail_send(send, peer.lost)

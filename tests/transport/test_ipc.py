@@ -159,6 +159,59 @@ def test_streams_wait_for_a_flag_either_way(device, pair, way, monkeypatch):
             third.synchronize(10)
 
 
+NUM_CHAINED = 40  # more than there are lanes
+CHAINED_BYTES = 300_000  # too long to be copied at once
+
+
+def chain(device, carrier, stream):
+    """Send messages of which each is ready when the one before it has arrived; on one stream, as steps below full."""
+    regions = [Region(device, contiguous(CHAINED_BYTES)) for _ in range(NUM_CHAINED)]
+    sends = []
+    for key, region in enumerate(regions):
+        device.fill(region.memory, key, stream=stream)
+        sends.append(carrier.send(1, key, region.memory, region.pieces, stream=stream))
+        sends[-1].order(stream)
+    return regions, sends
+
+
+def test_sends_that_wait_for_earlier_ones_do_not_take_their_lanes(device, pair):
+    into = [Region(device, contiguous(CHAINED_BYTES)) for _ in range(NUM_CHAINED)]
+    with device.create_stream("chain") as stream:
+        regions, sends = chain(device, pair[0], stream)
+        receives = {}
+        for key in (*range(1, NUM_CHAINED), 0):  # the first one's place comes last
+            receives[key] = pair[1].receive(0, key, into[key].memory, into[key].pieces, stream=device.compute_stream)
+            if key == NUM_CHAINED - 1:
+                with pytest.raises(DeadlineError):
+                    receives[1].wait(0.1)
+        for key in range(NUM_CHAINED):
+            receives[key].wait(10)
+            assert (into[key].read() == key).all()
+        sends[-1].wait(10)
+    assert len(regions) == NUM_CHAINED
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_send_that_is_held_back_can_be_cancelled(device, pair, side):
+    into = [Region(device, contiguous(CHAINED_BYTES)) for _ in range(NUM_CHAINED)]
+    with device.create_stream("chain") as stream:
+        regions, sends = chain(device, pair[0], stream)
+        receives = [
+            pair[1].receive(0, key, each.memory, each.pieces, stream=device.compute_stream)
+            for key, each in enumerate(into)
+            if key
+        ]
+        with pytest.raises(DeadlineError):
+            receives[-1].wait(0.1)
+        (sends, receives)[side][-1].cancel()
+        for transfer in (sends[-1], receives[-1]):
+            with pytest.raises(TransferError):
+                transfer.wait(10)
+        with pytest.raises(TransferError):
+            stream.synchronize(10)  # it waits for the cancelled one, too
+    assert len(regions) == NUM_CHAINED
+
+
 def test_a_closed_peer_fails_what_waits_for_it(device, pair):
     region = Region(device, contiguous(1000))
     waiting = pair[0].receive(1, 1, region.memory, region.pieces, stream=device.compute_stream)
