@@ -61,11 +61,12 @@ class Rounds:
 
 
 class WorkerCompany(Rounds):
-    """See all workers as the controller does."""
+    """See all workers as the controller does, from the start, or where it `continues` an earlier controller's run."""
 
-    def __init__(self, channel: Channel, setup: EngineSetup, controller: Controller) -> None:
+    def __init__(self, channel: Channel, setup: EngineSetup, controller: Controller, *, continues: bool) -> None:
         super().__init__(channel, setup)
         self.controller = controller
+        self.continues = continues
         self.gathered_epoch: int | None = None
 
     def gather(self) -> Gathered:
@@ -79,7 +80,9 @@ class WorkerCompany(Rounds):
         if self.gathered_epoch is None:
             for line in describe_links(ready):
                 self.controller.announce(line)
-            self.controller.clock = RunClock.start()
+            if not self.continues:
+                self.controller.clock = RunClock.start()
+                self.controller.journal.note("start", self.controller.clock.origin_s)
         self.gathered_epoch = self.channel.membership.epoch
         share_clock(self.channel, ranks, self.controller.clock)
         lanes = self.controller.seating.lanes

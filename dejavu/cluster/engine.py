@@ -1,6 +1,6 @@
 """Join the engine's parts on every rank: weights, pool, source and sink of each worker, and the controller."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,8 +26,10 @@ from dejavu.engine.controller import Controller
 from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover, Movers, NoMover, PromptMover, SyntheticMover, TokenMover
 from dejavu.engine.inlet import DirectInlet, HostInlet, Inlet, NoInlet, StagedInlet
+from dejavu.engine.journal import NoJournal, Past
 from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
-from dejavu.engine.messages import Busy, Report, Sampled
+from dejavu.engine.messages import Admissions, Busy, Report, Resume, Sampled
+from dejavu.engine.recovery import Death
 from dejavu.engine.replication import ReplicaSource
 from dejavu.engine.residency import Residency
 from dejavu.engine.rows import RowTable
@@ -76,27 +78,45 @@ class Outcome:
     failures: list[FailureRecord]
 
 
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """Hold what a new controller has of the one before: its journal, who died with it, and when that was seen."""
+
+    past: Past
+    deaths: Sequence[Death] = ()
+    detected_s: float = 0.0  # on the host's clock
+
+
 def run_controller(
     channel: Channel,
     setup: EngineSetup,
     drive: Callable[[Controller], Result],
     make_stream: StreamFactory | None = None,
     announce: Callable[[str], None] = lambda line: None,
+    journal: NoJournal | None = None,
+    inheritance: Inheritance | None = None,
 ) -> tuple[Result, Outcome]:
     """Serve from rank 0: wait for the workers, let `drive` use the controller, end the run.
 
     Every other rank of the channel has to call `run_worker` with the same setup, or with spares `stand_by`. `announce`
     is told how each GPU's memory is shared out, before `drive` is called, and of failures; CapacityError where not all
-    rows fit.
+    rows fit. What happens goes into the `journal`; with an `inheritance`, the run is one that another process began.
     """
     workers = [placement.rank for placement in setup.topology.workers]
-    seating = make_seating(channel, setup)
+    journal = journal or NoJournal()
+    seating = make_seating(channel, setup, journal)
     controller = Controller(channel, seating, setup.spec.eos_token_ids, make_stream, setup.config.stall_timeout)
     controller.announce = announce
-    company = WorkerCompany(channel, setup, controller)
+    controller.journal = journal
+    company = WorkerCompany(channel, setup, controller, continues=inheritance is not None)
     if setup.is_recoverable:
         controller.company = company
-    controller.enduring(company.assemble)
+    if inheritance:
+        controller.company = company
+        controller.adopt(inheritance.past)
+        controller.take_over(inheritance.deaths, inheritance.detected_s - controller.clock.origin_s)
+    else:
+        controller.enduring(company.assemble)
     meter = CpuMeter()
     result = drive(controller)
     cpu = meter.read()
@@ -104,8 +124,8 @@ def run_controller(
     return result, Outcome(reports, tuple(peak_blocks(seating.lanes)), cpu, controller.failures.records)
 
 
-def make_seating(channel: Channel, setup: EngineSetup) -> Seating:
-    """Make the books of all pipelines."""
+def make_seating(channel: Channel, setup: EngineSetup, journal: NoJournal) -> Seating:
+    """Make the books of all pipelines; who takes a row where tokens are generated goes into the journal."""
     lanes = []
     for pipeline, cache in zip(setup.topology.pipelines, setup.caches, strict=True):
         shape, prompts_only = pipeline.shape, pipeline.role is Role.PROMPT
@@ -118,10 +138,18 @@ def make_seating(channel: Channel, setup: EngineSetup) -> Seating:
             cache.blocks_per_row if cache.is_swapped else 0,
         )
         lanes.append(Lane(pipeline.ranks, table))
+
+    def send(rank: int, message: object) -> None:
+        channel.send_if_whole(rank, message)
+        if isinstance(message, Admissions | Resume):
+            number = next(number for number, lane in enumerate(lanes) if rank in lane.ranks)
+            if not lanes[number].table.prompts_only:
+                journal.note_seats(number, message.admissions)
+
     if not setup.config.is_disaggregated:
-        return Colocated(lanes, channel.send_if_whole)
+        return Colocated(lanes, send)
     prompt, token = lanes
-    return Disaggregated(prompt, token, channel.send_if_whole)
+    return Disaggregated(prompt, token, send)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,15 @@
 """What every rank but the controller does from the start of a run to its end, whatever it comes to be meanwhile."""
 
 import importlib
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from dejavu.cluster.company import Rounds
 from dejavu.cluster.participant import Participant
 from dejavu.engine.messages import Farewell
+from dejavu.engine.recovery import Death
 from dejavu.engine.setup import EngineSetup
 from dejavu.errors import PeerLostError
 from dejavu.topology import CONTROLLER
@@ -14,8 +18,19 @@ from dejavu.transport.mpi import Channel
 WARM_MODULES = ("dejavu.model.decoder", "dejavu.model.sampling", "dejavu.model.weights", "dejavu.transport.registry")
 
 
-def stand_by(channel: Channel, setup: EngineSetup) -> None:
-    """Work, or wait as a spare for the place of a rank that dies, until the controller says farewell."""
+@dataclass(frozen=True, slots=True)
+class Calling:
+    """Tell that this process has become the controller: who died, and when that was seen on the host's clock."""
+
+    deaths: Sequence[Death]
+    detected_s: float
+
+
+def stand_by(channel: Channel, setup: EngineSetup) -> Calling | None:
+    """Work, or wait as a spare for the place of a rank that dies, until the controller says farewell.
+
+    Gives a calling where this process has to be the controller from now on.
+    """
     rounds = Rounds(channel, setup)
     if channel.rank >= setup.topology.first_spare:
         warm_up()
@@ -24,9 +39,14 @@ def stand_by(channel: Channel, setup: EngineSetup) -> None:
         while True:
             try:
                 participant.take_part()
-                return await_farewell(channel)
+                await_farewell(channel)
             except PeerLostError as error:
-                rounds.reform(error)
+                detected_s = time.monotonic()
+                deaths = rounds.reform(error)
+                if channel.rank == CONTROLLER:
+                    return Calling(deaths, detected_s)
+            else:
+                return None
 
 
 def warm_up() -> None:

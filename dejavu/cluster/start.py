@@ -10,19 +10,20 @@ from functools import partial
 from pathlib import Path
 
 from dejavu.cluster.accelerator import accelerator_index
-from dejavu.cluster.engine import Outcome, run_controller
+from dejavu.cluster.engine import Inheritance, Outcome, run_controller
 from dejavu.cluster.injection import IncidentLog, Injector, faults_for, from_environment
 from dejavu.cluster.job import Job, prepare
 from dejavu.cluster.keeping import open_vault
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.process import refuse
-from dejavu.cluster.standby import say_farewell, stand_by
+from dejavu.cluster.standby import Calling, say_farewell, stand_by
 from dejavu.cluster.status import status
 from dejavu.cluster.watchdog import Watchdog
 from dejavu.config import ServeConfig
 from dejavu.device import cuda_device_name
 from dejavu.device.host_memory import available_bytes
 from dejavu.engine.controller import Controller
+from dejavu.engine.journal import Journal, Past, read_journal
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import CacheSize, check_host_memory, describe_capacity
 from dejavu.errors import PeerLostError, UsageError
@@ -31,11 +32,13 @@ from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
 from dejavu.measure.summary import Limits, Summary
+from dejavu.model.tokenizer import load_tokenizer
 from dejavu.request import Completion
 from dejavu.topology import CONTROLLER, Role, Topology
 from dejavu.transport.mpi import Channel
 
 STATUS_EVERY_S = 0.2
+JOURNAL = "journal.jsonl"
 
 
 def run_rank(config: ServeConfig) -> int:
@@ -68,7 +71,21 @@ def work(channel: Channel) -> int:
         setup, os.environ[RUN_DIR] = start
         channel.send(CONTROLLER, (host_name(), device_name(channel, setup)))
         with watching(channel, setup.config):
-            stand_by(channel, setup)
+            calling = stand_by(channel, setup)
+        if calling:
+            return take_over(channel, setup, calling)
+    return 0
+
+
+def take_over(channel: Channel, setup: EngineSetup, calling: Calling) -> int:
+    """Be the controller in place of one that died, from its journal on."""
+    directory = RunDirectory(Path(os.environ[RUN_DIR]))
+    past = read_journal(directory.path / JOURNAL)
+    if not past.is_complete:
+        raise PeerLostError("the controller died before it had taken the workload: start the run again")
+    tokenizer = load_tokenizer(setup.directory) if setup.directory else None
+    requests = tuple(progress.completion.request for progress in past.requests.values())
+    lead(channel, Job(setup, requests, tokenizer), directory, Inheritance(past, calling.deaths, calling.detected_s))
     return 0
 
 
@@ -109,16 +126,28 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     places = [(host_name(), cpu_model()), *(channel.receive(rank, channel.deadline_s)[1] for rank in workers)]
     write_description(directory, job, places)
     directory.write_status({"state": "loading"})
+    lead(channel, job, directory)
+    return 0
+
+
+def lead(channel: Channel, job: Job, directory: RunDirectory, inheritance: Inheritance | None = None) -> None:
+    """Serve the workload as the controller, write the results, and let all other ranks go."""
     make_stream = job.tokenizer.stream if job.tokenizer else None
-    with watching(channel, config):
-        completions, outcome = run_controller(
-            channel, job.setup, lambda controller: serve_all(controller, job, directory), make_stream, announce
-        )
+    journal = Journal(directory.path / JOURNAL)
+    past = inheritance.past if inheritance else None
+
+    def drive(controller: Controller) -> list[Completion]:
+        return serve_all(controller, job, directory, past)
+
+    with watching(channel, job.setup.config):
+        completions, outcome = run_controller(channel, job.setup, drive, make_stream, announce, journal, inheritance)
+    journal.close()
     summary = write_results(directory, job, completions, outcome)
-    show(completions if config.workload else [], summary, directory)  # what follows random prompts says nothing
+    show(
+        completions if job.setup.config.workload else [], summary, directory
+    )  # what follows random prompts says nothing
     directory.write_result("ok", 0)
     say_farewell(channel)
-    return 0
 
 
 def swapped_caches(setup: EngineSetup) -> tuple[CacheSize, ...]:
@@ -173,9 +202,9 @@ def write_description(directory: RunDirectory, job: Job, places: list[tuple[str,
     directory.write_run(describe_run(setup.config.model_dump(mode="json"), ranks, **facts))
 
 
-def serve_all(controller: Controller, job: Job, directory: RunDirectory) -> list[Completion]:
+def serve_all(controller: Controller, job: Job, directory: RunDirectory, past: Past | None) -> list[Completion]:
     """Serve the workload, writing the status a few times a second; give the completions in the workload's order."""
-    completions = {}
+    completions = {name: progress.completion for name, progress in past.requests.items()} if past else {}
     topology = job.setup.topology
     show_status = every(STATUS_EVERY_S, lambda: directory.write_status(status(controller, topology, "serving")))
     inject = make_injection(controller, job.setup, directory)
@@ -184,8 +213,10 @@ def serve_all(controller: Controller, job: Job, directory: RunDirectory) -> list
         inject()
         show_status()
 
-    for request in job.requests:
-        controller.submit(request)
+    if past is None:
+        for request in job.requests:
+            controller.submit(request)
+        controller.journal.note("complete")
     for _, completion in controller.events(tick):
         completions[completion.request.request_id] = completion
     directory.write_status(status(controller, topology, "serving"))

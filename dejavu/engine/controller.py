@@ -5,12 +5,13 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count
 
 from dejavu.engine.activity import Activity
+from dejavu.engine.journal import NoJournal, Past
 from dejavu.engine.messages import Busy, Moved, Ready, Replicated, Report, Sampled, SampledToken, Stop
-from dejavu.engine.recovery import Company, FailureBook, Outage
+from dejavu.engine.recovery import Company, Death, FailureBook, Outage
 from dejavu.engine.seating import Seating
 from dejavu.engine.text import StreamFactory, TextWatch
 from dejavu.errors import PeerLostError
@@ -80,6 +81,7 @@ class Controller:
         self.seating = seating
         self.company: Company | None = None  # without one, the loss of a rank is an error
         self.failures = FailureBook()
+        self.journal = NoJournal()
         self.announce: Callable[[str], None] = lambda line: None
         self.news: list[tuple[TokenEvent, Completion]] = []  # taken, and not given out yet
         self.eos_token_ids = eos_token_ids
@@ -102,6 +104,7 @@ class Controller:
         """Take a request; raise CapacityError if a pool could never hold it."""
         for lane in self.seating.lanes:
             lane.check(request)
+        self.journal.note_request(request)
         with self.inbox.lock:
             self.counts.submitted += 1
         self.inbox.requests.put(request)
@@ -150,6 +153,7 @@ class Controller:
         self.take_cancels(cancelled_ids)
         self.listen()
         self.seat()
+        self.journal.flush()
 
     def listen(self) -> None:
         """Take all messages that have come."""
@@ -209,6 +213,7 @@ class Controller:
         """Tell the user of failures that are over."""
         for line in lines:
             self.announce(line)
+            self.journal.note("failures", [asdict(record) for record in self.failures.records])
 
     def take_moved(self, rank: int, serial: int) -> None:
         """Take note that a rank has done its part of a hand-over, and when the last piece was there."""
@@ -232,11 +237,46 @@ class Controller:
         while self.waiting and self.seating.seat(self.next_serial, self.waiting[0].request):
             completion = self.waiting.popleft()
             completion.admitted_s = self.clock.now_s()
-            stop = completion.request.sampling.stop
-            watch = TextWatch(self.make_stream(), stop) if self.make_stream else None
-            self.running[self.next_serial] = Running(self.next_serial, completion, watch)
+            self.journal.note("admitted", self.next_serial, completion.request.request_id, completion.admitted_s)
+            self.run(self.next_serial, completion)
             self.next_serial += 1
         self.seating.tell()
+
+    def run(self, serial: int, completion: Completion) -> None:
+        """Follow a request that has begun; its text is brought to where its tokens are."""
+        watch = None
+        if self.make_stream:
+            watch = TextWatch(self.make_stream(), completion.request.sampling.stop)
+            for number, token_id in enumerate(completion.token_ids, 1):
+                watch.push(token_id, number >= completion.request.sampling.min_tokens)
+        self.running[serial] = Running(serial, completion, watch)
+
+    def adopt(self, past: Past) -> None:
+        """Take over what the journal says: requests in their rows, and those that wait or have not come yet."""
+        self.clock = RunClock(past.origin_s)
+        self.failures.records += past.failures
+        self.counts.submitted = len(past.requests)
+        self.counts.done = len(past.requests) - len(past.unfinished)
+        self.counts.tokens = sum(len(progress.completion.token_ids) for progress in past.requests.values())
+        self.next_serial = max(past.serials, default=-1) + 1
+        for lane, steps in zip(self.seating.lanes, past.steps, strict=False):
+            lane.steps = steps
+        for progress in past.unfinished:
+            if progress.seat:
+                self.seating.adopt(*progress.seat)
+                self.run(progress.serial, progress.completion)
+            elif progress.completion.request.arrival_s <= self.clock.now_s():
+                self.waiting.append(progress.completion)
+            else:
+                self.inbox.requests.put(progress.completion.request)
+
+    def take_over(self, deaths: Sequence[Death], detected_s: float) -> None:
+        """Go on where the controller was lost, whose journal was adopted."""
+        outage = self.failures.begin(deaths, detected_s, self.clock.now_s(), set(self.running))
+        try:
+            self.resume(outage)
+        except PeerLostError as error:
+            self.recover(error)
 
     def take_tokens(self, rank: int, result: Sampled) -> None:
         """Take the tokens of one pass; those of requests that have ended meanwhile are dropped."""
@@ -250,7 +290,9 @@ class Controller:
                 continue
             self.say(self.failures.token(token.serial, result.time_s))
             if token.index == len(running.completion.token_ids):  # else it came before a failure already
+                self.journal.note_token(token, result.time_s, result.start_s)
                 self.take_token(running, token, result)
+        self.journal.note("steps", [lane.steps for lane in self.seating.lanes])
 
     def take_token(self, running: Running, token: SampledToken, result: Sampled) -> None:
         """Take one token, and end the request if it was its last."""
@@ -283,7 +325,9 @@ class Controller:
         if running.watch:
             rest = running.watch.finish()
             completion.text = running.watch.text
+        self.journal.note("end", completion.request.request_id, reason, time_s, completion.text)
         del self.running[running.serial]
+        self.say(self.failures.token(running.serial, time_s))
         self.seating.end(running.serial)
         self.counts.done += 1
         return rest
@@ -314,6 +358,7 @@ class Controller:
         heapq.heapify(self.future)
         for completion in dropped:
             completion.finish_reason, completion.finish_s = FinishReason.CANCELLED, now_s
+            self.journal.note("end", completion.request.request_id, FinishReason.CANCELLED, now_s, None)
         self.counts.done += len(dropped)
         return dropped
 

@@ -33,6 +33,12 @@ class BlockAllocator:
         self.free.remove(block)
         return block
 
+    def claim(self, blocks: tuple[int, ...]) -> None:
+        """Take these blocks, which are free."""
+        assert self.free.issuperset(blocks)
+        self.free.difference_update(blocks)
+        self.peak = max(self.peak, self.num_blocks - len(self.free))
+
     def give(self, blocks: tuple[int, ...]) -> None:
         """Take blocks back."""
         assert self.free.isdisjoint(blocks)
@@ -100,6 +106,11 @@ class RowTable:
         if self.is_full:
             return None
         return self.sit(Admission(serial, *self.choose_row(), blocks, request, outputs=outputs, num_cached=num_cached))
+
+    def adopt(self, admission: Admission) -> Admission:
+        """Give a request the row and the blocks that it had before."""
+        self.blocks.claim(admission.blocks)
+        return self.sit(admission)
 
     def sit(self, admission: Admission) -> Admission:
         """Note who has a row."""

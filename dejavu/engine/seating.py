@@ -122,6 +122,9 @@ class Seating(Protocol):
     def tell(self) -> None:
         """Send what was decided since the last call."""
 
+    def adopt(self, lane: int, admission: Admission) -> None:
+        """Let a request have the row that it had before the controller was lost."""
+
     def resume(self, outputs: Mapping[int, Sequence[int]], restored: Sequence[Restored]) -> Repeated:
         """Tell everybody again of all requests, after a failure; all that was under way is void.
 
@@ -168,6 +171,10 @@ class Colocated:
         """Send the new admissions."""
         for lane in self.lanes:
             lane.tell(self.send)
+
+    def adopt(self, lane: int, admission: Admission) -> None:
+        """Give a request its row again."""
+        self.seats[admission.serial] = self.lanes[lane], self.lanes[lane].table.adopt(admission)
 
     def resume(self, outputs: Mapping[int, Sequence[int]], restored: Sequence[Restored]) -> Repeated:
         """Let every request go on in its row."""
@@ -309,6 +316,12 @@ class Disaggregated:
             for rank in self.token.ranks:
                 self.send(rank, expect)
         self.expected = []
+
+    def adopt(self, lane: int, admission: Admission) -> None:
+        """Give a request its token row again."""
+        seat = self.lanes[lane].table.adopt(admission)
+        handover = Handover(admission.request, None, admission.blocks, set(), set(), admission.outputs[0], seat=seat)
+        self.handovers[admission.serial] = handover
 
     def resume(self, outputs: Mapping[int, Sequence[int]], restored: Sequence[Restored]) -> Repeated:
         """Let requests in token rows go on there; hand-overs that were not complete begin again with the prompt."""

@@ -117,11 +117,11 @@ CASES = {
         {"prompt stage 0": 1, "token stage 1": 1, "token stage 0": 1},
         1,
     ),
-    # both tensor ranks of a stage
-    "tensor-ranks": (
-        ["--tp", 2, "--spares", 2],
-        [Fault(1, "kill", step=4), Fault(2, "kill", step=8)],
-        {"stage 0 tensor rank 0": 1, "stage 0 tensor rank 1": 1},
+    # the controller, both tensor ranks of a stage, and the one that became the controller
+    "controller-tensor-ranks": (
+        ["--tp", 2, "--spares", 4],
+        [Fault(0, "kill", step=4), Fault(1, "kill", step=7), Fault(2, "kill", step=10), Fault(0, "kill", step=14)],
+        {"stage 0 tensor rank 0": 1, "stage 0 tensor rank 1": 1, "controller": 2},
         0,
     ),
 }

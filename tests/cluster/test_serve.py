@@ -121,8 +121,17 @@ def served(model, greedy, tmp_path_factory):
 def test_run_directory_is_named_last_and_complete(served):
     done, directory, _ = served
     assert done.stdout.splitlines()[-1] == f"Results in {directory}"
-    names = {"run.yaml", "requests.csv", "steps.csv", "ranks.csv", "summary.csv", "trace.json", "outputs.jsonl"}
-    assert {path.name for path in directory.iterdir()} == names | {"status.json", "result.json"}
+    names = {
+        "run.yaml",
+        "requests.csv",
+        "steps.csv",
+        "ranks.csv",
+        "summary.csv",
+        "trace.json",
+        "outputs.jsonl",
+        "journal.jsonl",
+    }
+    assert {path.name for path in directory.iterdir()} == names | {"journal.jsonl", "status.json", "result.json"}
     assert json.loads((directory / "result.json").read_text())["outcome"] == "ok"
     assert json.loads((directory / "status.json").read_text())["state"] == "done"
 
