@@ -129,7 +129,6 @@ def test_run_directory_is_named_last_and_complete(served):
         "summary.csv",
         "trace.json",
         "outputs.jsonl",
-        "journal.jsonl",
     }
     assert {path.name for path in directory.iterdir()} == names | {"journal.jsonl", "status.json", "result.json"}
     assert json.loads((directory / "result.json").read_text())["outcome"] == "ok"
