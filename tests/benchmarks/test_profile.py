@@ -9,6 +9,7 @@ import torch
 
 from dejavu.benchmarks import profile
 from dejavu.benchmarks.roofline import Ceilings, Work, prompt_work, stage_size, token_work
+from dejavu.device import num_cuda_devices
 from dejavu.model.resolve import resolve_model
 from dejavu.model.spec import Shard
 from dejavu.model.weights import dummy_stage
@@ -82,16 +83,19 @@ def test_planning_and_simulation_read_the_profile(tmp_path, monkeypatch, capsys)
         assert main(command) == 0, capsys.readouterr()
 
 
-def test_the_command_on_a_tiny_model(tmp_path):
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_command_on_a_tiny_model(kind, tmp_path):
+    if kind == "cuda" and num_cuda_devices() == 0:
+        pytest.skip("no CUDA device, or no cuda-python")
     make_checkpoint("llama", tmp_path / "model")
     out = tmp_path / "run"
-    model = ("--model", str(tmp_path / "model"), "--load-format", "auto", "--device", "cpu", "--threads", "1")
+    model = ("--model", str(tmp_path / "model"), "--load-format", "auto", "--device", kind, "--threads", "1")
     case = ("--tp", "1,2", "--batch", "2", "--length", "4,8", "--max-tokens", "8", "--repeats", "1")
     done, text = run_bench("profile", *model, *case, "--out", str(out), timeout=110)
     assert done.returncode == 0, text
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [(row["kind"], row["length"], row["tp"]) for row in rows] == [
-        (kind, length, tp) for tp in (1, 2) for kind, length in (("prompt", 4), ("token", 4), ("token", 8))
+        (each, length, tp) for tp in (1, 2) for each, length in (("prompt", 4), ("token", 4), ("token", 8))
     ]
     for row in rows:
         assert row["wrong"] == 0
