@@ -64,7 +64,8 @@ def choose(plans: Sequence[FigurePlan], only: Sequence[str], kind: str) -> list[
 def reproduce(plan: FigurePlan, kind: str, runs: Path, into: Path, timeout_s: float) -> list[Row]:
     """Run one figure's command, keep its rows and plot, and give a row for each of its measures."""
     click.echo(f"figure {plan.figure}: {plan.title}")
-    arguments = list(map(str, plan.runs[kind]["command"]))
+    shown = list(map(str, plan.runs[kind]["command"]))  # `{runs}` stands for where the earlier figures' runs are
+    arguments = [argument.replace("{runs}", str(runs)) for argument in shown]
     start_s = time.monotonic()
     last, error = run_command(arguments, runs / plan.stem, timeout_s)
     if last is None:
@@ -72,7 +73,7 @@ def reproduce(plan: FigurePlan, kind: str, runs: Path, into: Path, timeout_s: fl
     keep_files(Path(last.get("run", runs / plan.stem)), into / f"{plan.stem}-{kind}")
     results = [(m, m.read(last["rows"])) for m in plan.measures]
     rows = [measure_row(plan, kind, m.name, number, m.paper, m.verdict(number)) for m, number in results]
-    record = {"command": ["dejavu", *arguments], **origin(kind, last), "rows": rows}
+    record = {"command": ["dejavu", *shown], **origin(kind, last), "rows": rows}
     record["seconds"] = round(time.monotonic() - start_s, 1)
     (into / f"{plan.stem}-{kind}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return rows
