@@ -179,7 +179,7 @@ def draw_timeline(directory: RunDirectory, served: "Served") -> None:
     start_s = workload.start_s
     steps = [moved(step, start_s) for step in served.steps_of(workload)]
     requests = [shifted(RequestRecord.from_completion(completion), start_s) for completion in workload.completions]
-    write_trace(directory.path / f"trace-{served.arrangement.name}.json", served.names, steps, requests)
+    write_trace(directory.path / f"trace-{served.arrangement.name}.json", served.tracks, steps, requests)
 
 
 def moved(step: StepRecord, start_s: float) -> StepRecord:

@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from dejavu.config import ServeConfig, make_config
 from dejavu.errors import UsageError
 from dejavu.measure.summary import Limits
+from dejavu.measure.trace import Tracks
 from dejavu.planning.lengths import Lengths
 from dejavu.request import Completion, Request, SamplingParams
 from dejavu.topology import CONTROLLER
@@ -27,7 +28,6 @@ from .driver import open_run_directory, run_ranks
 if TYPE_CHECKING:
     from dejavu.cluster.engine import Outcome
     from dejavu.engine.controller import Controller
-    from dejavu.engine.setup import EngineSetup
     from dejavu.measure.records import StepRecord
     from dejavu.transport.mpi import Channel
 
@@ -91,7 +91,7 @@ class Served:
 
     arrangement: Arrangement
     config: ServeConfig
-    names: dict[int, str]  # of the ranks
+    tracks: Tracks
     workloads: tuple[Workload, ...]
     steps: tuple["StepRecord", ...]
 
@@ -263,12 +263,7 @@ def serve(channel: "Channel", arrangement: Arrangement, options: Options) -> Ser
         channel.send(rank, job.setup)
     drive = Drive(job.requests, options)
     workloads, outcome = run_controller(channel, job.setup, drive)
-    return Served(arrangement, config, rank_names(job.setup), tuple(workloads), all_steps(outcome))
-
-
-def rank_names(setup: "EngineSetup") -> dict[int, str]:
-    """Say what each rank is, for the trace."""
-    return {0: "controller"} | {p.rank: f"{p.role.value} stage {p.stage}" for p in setup.topology.workers}
+    return Served(arrangement, config, Tracks.of(job.setup.topology), tuple(workloads), all_steps(outcome))
 
 
 def all_steps(outcome: "Outcome") -> tuple["StepRecord", ...]:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +145,21 @@ def run_default(options: dict[str, Any]) -> int:
     records = result.request_records()
     if options["trace_out"]:
         options["trace_out"].absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_trace(options["trace_out"], rank_names(setup), result.steps, records)
+        write_trace(options["trace_out"], trace_tracks(setup), result.steps, records)
     if options["out"]:
         make_directory(options["out"])
         write_csv(options["out"] / "requests.csv", records, RequestRecord)
     return show(options, result_row(result), "simulated")
 
 
-def rank_names(setup: Any) -> dict[int, str]:
+def trace_tracks(setup: Any) -> Any:
     """Name the tracks of a timeline."""
+    from dejavu.measure.trace import Tracks
+
     places = [(pipeline.role, stage) for pipeline in setup.pipelines for stage in range(pipeline.stages)]
-    return {0: "controller"} | {rank: f"{role} stage {stage}" for rank, (role, stage) in enumerate(places, 1)}
+    names = {rank: f"{role} stage {stage}" for rank, (role, stage) in enumerate(places, 1)}
+    ends = accumulate((pipeline.stages for pipeline in setup.pipelines), initial=0)
+    return Tracks({0: "controller"} | names, tuple(ends)[:-1], setup.pipelines[0].role == "prompt")
 
 
 def make_setup(options: dict[str, Any]) -> Any:

@@ -28,10 +28,10 @@ from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import CacheSize, check_host_memory, describe_capacity
 from dejavu.errors import PeerLostError, UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
-from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
 from dejavu.measure.summary import Limits, Summary
+from dejavu.measure.trace import Tracks
 from dejavu.model.tokenizer import load_tokenizer
 from dejavu.request import Completion
 from dejavu.topology import CONTROLLER, Role, Topology
@@ -263,21 +263,17 @@ def write_results(directory: RunDirectory, job: Job, completions: list[Completio
     setup = job.setup
     steps = sorted((step for report in outcome.reports.values() for step in report.steps), key=lambda s: s.start_s)
     transfers = sorted((t for report in outcome.reports.values() for t in report.transfers), key=lambda t: t.start_s)
-    names = {0: "controller"} | {
-        p.rank: f"{p.role} stage {p.stage} tensor rank {p.shard.tp_rank}" for p in setup.topology.workers if p.shard
-    }
     summary = directory.write_records(
         completions,
         steps,
         transfers,
-        rank_names=names,
+        tracks=Tracks.of(setup.topology),
         num_stages=setup.topology.num_stages,
         peak_kv_bytes=max(n * cache.block_bytes for n, cache in zip(outcome.peak_blocks, setup.caches, strict=True)),
         limits=Limits.of_ms(setup.config.ttft, setup.config.tpot),
+        failures=outcome.failures,
     )
     write_csv(directory.path / "ranks.csv", rank_records(setup.topology, outcome), RankRecord)
-    if outcome.failures:
-        write_csv(directory.path / "failures.csv", outcome.failures, FailureRecord)
     directory.write_status({**(directory.read_status() or {}), "state": "done"})
     return summary
 

@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from dejavu.errors import ConfigError, UsageError
+from dejavu.measure.failures import FailureRecord
 from dejavu.measure.files import replacing
 from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord, write_csv, write_table
 from dejavu.measure.summary import Limits, Summary, summarize
-from dejavu.measure.trace import write_trace
+from dejavu.measure.trace import Tracks, write_trace
 from dejavu.request import Completion, TokenLogprobs
 
 RUNS = Path("results/runs")
@@ -93,12 +94,13 @@ class RunDirectory:
         steps: Sequence[StepRecord],
         transfers: Sequence[TransferRecord] = (),
         *,
-        rank_names: Mapping[int, str],
+        tracks: Tracks,
         num_stages: int,
         peak_kv_bytes: int,
         limits: Limits | None = None,
+        failures: Sequence[FailureRecord] = (),
     ) -> Summary:
-        """Write outputs, requests, steps, transfers (where there are any), summary and trace; give the summary."""
+        """Write all of a run's tables (transfers and failures where there are any) and its trace; give the summary."""
         requests = [RequestRecord.from_completion(completion) for completion in completions]
         summary = summarize(requests, steps, num_stages, peak_kv_bytes, limits)
         self.write_outputs(completions)
@@ -106,9 +108,11 @@ class RunDirectory:
         write_csv(self.path / "steps.csv", steps, StepRecord)
         if transfers:
             write_csv(self.path / "transfers.csv", transfers, TransferRecord)
+        if failures:
+            write_csv(self.path / "failures.csv", failures, FailureRecord)
         row = summary.row()
         write_table(self.path / "summary.csv", row.keys(), [row.values()])
-        write_trace(self.path / "trace.json", rank_names, steps, requests, transfers)
+        write_trace(self.path / "trace.json", tracks, steps, requests, transfers, failures)
         return summary
 
     def write_status(self, status: Mapping[str, Any]) -> None:

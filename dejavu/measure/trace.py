@@ -1,21 +1,28 @@
 """Draw a run as a timeline in the Trace Event Format, which ui.perfetto.dev and chrome://tracing open.
 
 One process per rank, in it one thread per kind of work: computing, handing on, and each carrier's transfers. Requests
-are asynchronous slices of the controller; an arrow follows each step of a microbatch from stage to stage.
+are asynchronous slices of the controller; an arrow follows each step of a microbatch from stage to stage, and each
+request's KV from a prompt pipeline to a token pipeline; failures are marks through all tracks.
 Format: docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU (times in microseconds).
 """
 
 import heapq
 import json
 import math
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dejavu.measure.failures import FailureRecord
 from dejavu.measure.files import replacing
 from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord
+
+if TYPE_CHECKING:
+    from dejavu.topology import Topology
 
 CONTROLLER = 0
 COMPUTE = "compute"
@@ -35,30 +42,57 @@ class Slice(NamedTuple):
     args: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Tracks:
+    """Say what each rank is, such as "stage 0", and how the stages, numbered through all pipelines, form pipelines."""
+
+    rank_names: Mapping[int, str]
+    first_stages: tuple[int, ...] = (0,)
+    hands_over: bool = False  # the first pipeline's requests go on in the second
+
+    @classmethod
+    def of(cls, topology: "Topology") -> "Tracks":
+        """Describe a run's ranks."""
+        names = {CONTROLLER: "controller"}
+        for place in topology.workers:
+            assert place.shard is not None
+            tensor_rank = f" tensor rank {place.shard.tp_rank}" if place.shard.tp_size > 1 else ""
+            names[place.rank] = f"{place.role} stage {place.stage}{tensor_rank}"
+        roles = [pipeline.role.value for pipeline in topology.pipelines]
+        return cls(names, tuple(p.first_stage for p in topology.pipelines), "prompt" in roles)
+
+    def pipeline(self, stage: int) -> int:
+        """Give the pipeline that a stage is part of."""
+        return bisect_right(self.first_stages, stage) - 1
+
+
 def write_trace(
     path: Path,
-    rank_names: Mapping[int, str],
+    layout: Tracks,
     steps: Sequence[StepRecord],
     requests: Sequence[RequestRecord] = (),
     transfers: Sequence[TransferRecord] = (),
+    failures: Sequence[FailureRecord] = (),
 ) -> None:
-    """Write the timeline of a run, one event a line; `rank_names` says what each rank is, such as "stage 0"."""
+    """Write the timeline of a run, one event a line."""
     with replacing(path) as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [')
         separator = "\n"
-        for event in trace_events(rank_names, steps, requests, transfers):
+        for event in trace_events(layout, steps, requests, transfers, failures):
             file.write(separator + json.dumps(event, allow_nan=False))
             separator = ",\n"
         file.write("\n]}\n")
 
 
 def trace_events(
-    rank_names: Mapping[int, str],
+    layout: Tracks,
     steps: Sequence[StepRecord],
     requests: Sequence[RequestRecord] = (),
     transfers: Sequence[TransferRecord] = (),
+    failures: Sequence[FailureRecord] = (),
 ) -> Iterator[Event]:
-    """Yield the events of a run: names first, then slices by rank and thread, requests, and arrows."""
+    """Yield the events of a run: names first, then slices by rank and thread, requests, arrows, and failures."""
+    rank_names = layout.rank_names
     slices = sorted(chain(step_slices(steps), transfer_slices(transfers)), key=lambda piece: piece.start_s)
     tracks: dict[tuple[int, str], list[Slice]] = defaultdict(list)
     for piece in slices:
@@ -71,7 +105,12 @@ def trace_events(
     end_s = max((piece.end_s for piece in slices), default=0.0)
     for index, request in enumerate(requests):
         yield from request_events(index, request, end_s)
-    yield from arrow_events(steps, threads.get(COMPUTE, 0) * 100)
+    tid = threads.get(COMPUTE, 0) * 100
+    paths = [*step_paths(layout, steps), *(handover_paths(layout, steps, requests))]
+    for index, (name, path) in enumerate(paths):
+        yield from arrow_events(index, name, path, tid)
+    for failure in failures:
+        yield from failure_events(failure)
 
 
 def step_slices(steps: Iterable[StepRecord]) -> Iterator[Slice]:
@@ -145,18 +184,48 @@ def request_events(index: int, request: RequestRecord, end_s: float) -> Iterator
     yield async_event("e", index, name, last_s)
 
 
-def arrow_events(steps: Iterable[StepRecord], tid: int) -> Iterator[Event]:
-    """Yield the arrows that follow each step of a microbatch through the leaders of the stages."""
-    paths: dict[tuple[int, int], list[StepRecord]] = defaultdict(list)
+def step_paths(layout: Tracks, steps: Iterable[StepRecord]) -> Iterator[tuple[str, list[StepRecord]]]:
+    """Follow each step of a microbatch through the leaders of its pipeline's stages."""
+    paths: dict[tuple[int, int, int], list[StepRecord]] = defaultdict(list)
     for step in steps:
         if step.tp_rank == 0:
-            paths[step.microbatch, step.step].append(step)
-    for index, path in enumerate(paths.values()):
-        path.sort(key=lambda step: step.start_s)
-        phases = ["s", *"t" * (len(path) - 2), "f"] if len(path) > 1 else []
-        for phase, step in zip(phases, path, strict=False):
-            event = {"ph": phase, "pid": step.rank, "tid": tid, "ts": to_us((step.start_s + step.compute_end_s) / 2)}
-            yield event | {"id": index, "cat": "step", "name": "step", "bp": "e"}
+            paths[layout.pipeline(step.stage), step.microbatch, step.step].append(step)
+    for path in paths.values():
+        yield "step", sorted(path, key=lambda step: step.start_s)
+
+
+def handover_paths(
+    layout: Tracks, steps: Iterable[StepRecord], requests: Iterable[RequestRecord]
+) -> Iterator[tuple[str, list[StepRecord]]]:
+    """Follow each request's KV from the pass that ended its prompt to its first token step in the other pipeline."""
+    if not layout.hands_over:
+        return
+    first = layout.first_stages[1]
+    ends = sorted((s for s in steps if s.tp_rank == 0 and s.stage == first - 1), key=lambda step: step.start_s)
+    starts = sorted((s for s in steps if s.tp_rank == 0 and s.stage == first), key=lambda step: step.start_s)
+    for request in requests:
+        source = bisect_right(ends, request.first_token_s, key=lambda step: step.start_s) - 1
+        target = bisect_left(starts, request.token_start_s, key=lambda step: step.start_s)
+        if source >= 0 and target < len(starts) and not math.isnan(request.token_start_s):
+            yield f"KV of {request.request_id}", [ends[source], starts[target]]
+
+
+def arrow_events(index: int, name: str, path: Sequence[StepRecord], tid: int) -> Iterator[Event]:
+    """Yield an arrow through some passes' slices, from the middle of each."""
+    phases = ["s", *"t" * (len(path) - 2), "f"] if len(path) > 1 else []
+    for phase, step in zip(phases, path, strict=False):
+        event = {"ph": phase, "pid": step.rank, "tid": tid, "ts": to_us((step.start_s + step.compute_end_s) / 2)}
+        yield event | {"id": index, "cat": name.split()[0], "name": name, "bp": "e"}
+
+
+def failure_events(failure: FailureRecord) -> Iterator[Event]:
+    """Mark a failure through all tracks: when it was noticed, and when the last request that it stalled went on."""
+    who = f"{failure.target} (rank {failure.rank})"
+    moments = {f"{who} lost": failure.detected_s, f"{who} recovered": failure.resumed_s}
+    for name, moment_s in moments.items():
+        if not math.isnan(moment_s):
+            mark = {"ph": "i", "s": "g", "pid": CONTROLLER, "tid": 0, "cat": "failure"}
+            yield mark | {"name": name, "ts": to_us(moment_s)}
 
 
 def name_event(what: str, rank: int, tid: int, name: str, order: int) -> list[Event]:

@@ -14,6 +14,7 @@ from dejavu.errors import ConfigError, UsageError
 from dejavu.measure.environment import cpu_model, describe_run, git_commit, host_name, rank_table
 from dejavu.measure.records import RequestRecord, StepRecord, read_csv
 from dejavu.measure.run_directory import RunDirectory
+from dejavu.measure.trace import Tracks
 from dejavu.model.spec import Shard
 from dejavu.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from dejavu.topology import Placement, Role, Topology
@@ -179,7 +180,7 @@ def test_the_records_of_a_run_fill_its_directory(tmp_path):
     ]
     run = RunDirectory.create("demo", tmp_path / "run")
     names = {0: "controller", 1: "stage 0"}
-    summary = run.write_records([finished()], steps, rank_names=names, num_stages=1, peak_kv_bytes=77)
+    summary = run.write_records([finished()], steps, tracks=Tracks(names), num_stages=1, peak_kv_bytes=77)
     files = ["outputs.jsonl", "requests.csv", "status.json", "steps.csv", "summary.csv", "trace.json"]
     assert sorted(path.name for path in run.path.iterdir()) == files
     assert read_csv(run.path / "steps.csv", StepRecord) == steps

@@ -5,11 +5,12 @@ import math
 from collections import defaultdict
 from itertools import pairwise
 
+from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord
-from dejavu.measure.trace import write_trace
+from dejavu.measure.trace import Tracks, write_trace
 from dejavu.request import Completion, FinishReason, Request
 
-NAMES = {0: "controller", 1: "stage 0", 2: "stage 1"}
+NAMES = Tracks({0: "controller", 1: "stage 0", 2: "stage 1"})
 
 
 def load(tmp_path, *arguments):
@@ -139,3 +140,51 @@ def test_arrows_bind_to_the_slices_of_one_step(tmp_path):
 
 def test_an_empty_run_is_a_valid_timeline(tmp_path):
     assert {e["ph"] for e in load(tmp_path, NAMES, [])} == {"M"}
+
+
+def prompts_and_tokens():
+    """Two requests: prompts on stage 0, tokens on stage 1, microbatch and step numbers the same on both sides."""
+    prompts = [StepRecord(1, 0, 0, 0, i, "prompt", 1, 9, 0.1 * i, 0.1 * i + 0.08, 0.1 * i + 0.08) for i in range(2)]
+    tokens = [StepRecord(2, 1, 0, 0, i, "token", 1, 1, 0.2 + 0.01 * i, 0.209 + 0.01 * i, 0.209) for i in range(4)]
+    return prompts + tokens
+
+
+def flows(events):
+    arrows = defaultdict(list)
+    for event in events:
+        if event["ph"] in "stf":
+            arrows[event["id"], event["name"]].append((event["ph"], event["pid"], event["ts"]))
+    return {name: path for (_, name), path in arrows.items()}
+
+
+def test_arrows_follow_kv_from_its_prompt_to_its_first_token_step(tmp_path):
+    rows = [
+        request_row("a", 0.0, 0.0, 0.081, 0.3, FinishReason.STOP),
+        request_row("b", 0.0, 0.1, 0.181, 0.3, FinishReason.STOP),
+        request_row("one token", 0.0, 0.1, 0.181, 0.181, FinishReason.LENGTH),
+    ]
+    rows[0].token_start_s, rows[1].token_start_s, rows[2].token_start_s = 0.2, 0.21, math.nan
+    tracks = Tracks({0: "controller", 1: "prompt", 2: "token"}, (0, 1), hands_over=True)
+    arrows = flows(load(tmp_path, tracks, prompts_and_tokens(), rows))
+    assert arrows == {
+        "KV of a": [("s", 1, 40000), ("f", 2, 204500)],
+        "KV of b": [("s", 1, 140000), ("f", 2, 214500)],
+    }
+
+
+def test_steps_of_two_pipelines_are_not_joined(tmp_path):
+    tracks = Tracks({0: "controller", 1: "one", 2: "other"}, (0, 1))
+    assert flows(load(tmp_path, tracks, prompts_and_tokens())) == {}
+
+
+def test_failures_are_marks_through_all_tracks(tmp_path):
+    failures = [
+        FailureRecord(0, "token stage 1", 2, "death", detected_s=0.5, resumed_s=0.6),
+        FailureRecord(1, "spare", 3, "death", detected_s=0.7),
+    ]
+    marks = [e for e in load(tmp_path, NAMES, pipeline_steps(), (), (), failures) if e["ph"] == "i"]
+    assert [(mark["name"], mark["ts"], mark["s"]) for mark in marks] == [
+        ("token stage 1 (rank 2) lost", 5e5, "g"),
+        ("token stage 1 (rank 2) recovered", 6e5, "g"),
+        ("spare (rank 3) lost", 7e5, "g"),
+    ]

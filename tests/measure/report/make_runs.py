@@ -8,6 +8,7 @@ from dejavu.config import make_config
 from dejavu.measure.environment import describe_run
 from dejavu.measure.records import StepKind, StepRecord, TransferRecord
 from dejavu.measure.run_directory import RunDirectory
+from dejavu.measure.trace import Tracks
 from dejavu.request import Completion, FinishReason, Request
 
 RANKS = [
@@ -26,7 +27,7 @@ def make_run(path: Path, *, speed: float = 1.0, failures: str = "", options: Map
         [completion(index, speed) for index in range(4)],
         [step(rank, index, speed) for index in range(6) for rank in (1, 2)],
         [TransferRecord(1, "activation", "mpi", 1, 2, 10**6, 0.1 * i, 0.1 * i + 0.001) for i in range(5)],
-        rank_names={0: "controller", 1: "stage 0", 2: "stage 1"},
+        tracks=Tracks({0: "controller", 1: "stage 0", 2: "stage 1"}),
         num_stages=2,
         peak_kv_bytes=2**20,
     )
