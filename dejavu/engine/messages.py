@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dejavu.measure.cpu import CpuUsage
 from dejavu.measure.records import StepKind, StepRecord, TransferRecord
@@ -74,9 +75,11 @@ class Stop:
     """Controller → first stage → every stage: no more work will come."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowWork:
-    """One row of a pass: `num_new` tokens after the `context` tokens that are in the cache already."""
+class RowWork(NamedTuple):
+    """One row of a pass: `num_new` tokens after the `context` tokens that are in the cache already.
+
+    A tuple, since each step pickles one for each row: a third of a dataclass's time.
+    """
 
     serial: int
     row: int
@@ -125,6 +128,10 @@ class SampledToken:
     index: int
     token_id: int
     logprobs: TokenLogprobs | None
+
+    def __reduce__(self) -> tuple[type["SampledToken"], tuple[int, int, int, TokenLogprobs | None]]:
+        """Pickle the values alone, in a third of the time that a dataclass takes by itself."""
+        return SampledToken, (self.serial, self.index, self.token_id, self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
