@@ -6,6 +6,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+#ifndef EMULATED  // tests/model/emulation.hpp has these for the CPU
 #if defined(FLOAT16) || defined(BFLOAT16)
 struct __align__(2) Element {
   u16 bits;
@@ -39,6 +40,16 @@ __device__ __forceinline__ Element narrow(float x) {
   return x;
 #endif
 }
+
+// Programmatic dependent launch: the next kernel may begin, and load what no kernel writes, while this one runs. Before
+// it touches anything that a kernel before it wrote or reads, it waits until all of them are complete. Every kernel
+// waits, so what is two kernels back is complete too.
+__device__ __forceinline__ void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void release_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+#define DYNAMIC_MEMORY(name) extern __shared__ __align__(128) u8 name[]
+#endif
 
 template <int BYTES>
 struct Word;
@@ -83,13 +94,6 @@ template <int N>
 __device__ __forceinline__ void store(Element* to, const Vector<N>& x) {
   *reinterpret_cast<typename Word<N * sizeof(Element)>::Type*>(to) = x.word;
 }
-
-// Programmatic dependent launch: the next kernel may begin, and load what no kernel writes, while this one runs. Before
-// it touches anything that a kernel before it wrote or reads, it waits until all of them are complete. Every kernel
-// waits, so what is two kernels back is complete too.
-__device__ __forceinline__ void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-__device__ __forceinline__ void release_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

@@ -7,6 +7,7 @@
 // deep, into a queue of shared memory that no other thread reads, so the loop has no barrier; the first turns are under
 // way before the kernel that makes x has ended. The parts are added in a fixed order.
 
+#ifndef EMULATED  // tests/model/emulation.hpp has these for the CPU
 #if defined(FLOAT16)
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #else
@@ -50,6 +51,7 @@ __device__ __forceinline__ float read_cluster(u32 from, int rank) {  // another 
 __device__ __forceinline__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+#endif
 
 constexpr int TURN = 64;  // input channels
 
@@ -65,7 +67,7 @@ __device__ __forceinline__ void skinny(const Task& task) {
   constexpr int PIECES = BLOCKS_M * 4;  // of 16 bytes, of a thread and turn
   constexpr int THREADS = 32 * WARPS_M * WARPS_K;
   constexpr int CHANNELS = BLOCKS_M * 16;  // of a warp
-  extern __shared__ __align__(128) u8 memory[];
+  DYNAMIC_MEMORY(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
   const int warp_m = warp % WARPS_M, warp_k = warp / WARPS_M;
   const int splits = gridDim.y, split = blockIdx.y;

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from dejavu.device.cuda_launch import Kernel, KernelModule
 from dejavu.model.layers import LayerNorm, Norm, alibi_slopes, rope_frequencies
 from dejavu.model.spec import ModelSpec, Shard
+
+if TYPE_CHECKING:
+    from dejavu.device.cuda_launch import Kernel, KernelModule
 
 THREADS = 256  # of the kernels of tokens.cu but add_norm
 ATTENTION_THREADS = 128
@@ -31,10 +33,12 @@ def type_definition(dtype: torch.dtype) -> dict[str, object]:
     return {_TYPES[dtype]: 1}
 
 
-def architecture_of(device: torch.device) -> str:
-    """Give a device's architecture as the compiler names it."""
+def compile_module(name: str, device: torch.device, definitions: Mapping[str, object]) -> KernelModule:
+    """Give the kernels of `kernels/<name>.cu` for a device."""
+    from dejavu.device.cuda_launch import KernelModule
+
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return KernelModule(name, f"sm_{major}{minor}", definitions)
 
 
 def current_stream(device: torch.device) -> int:
@@ -78,7 +82,7 @@ class Operations:
         }
         if self.spec.norm == "rmsnorm":
             definitions["RMS"] = 1
-        module = KernelModule("tokens", architecture_of(self.device), definitions)
+        module = compile_module("tokens", self.device, definitions)
         return {name: module.kernel(name) for name in ("embed", "activate", "add_norm", "append")}
 
     @property
@@ -162,7 +166,7 @@ class Operations:
                 definitions["ROTARY"] = 1
             if self.slopes is not None:
                 definitions["ALIBI"] = 1
-            module = KernelModule("attend", architecture_of(self.device), definitions)
+            module = compile_module("attend", self.device, definitions)
             self._attend[block_size] = module.kernel("attend")
         return self._attend[block_size]
 

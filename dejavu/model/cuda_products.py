@@ -9,15 +9,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dejavu.assets import data_path
-from dejavu.device.cuda_launch import Kernel, KernelModule
 from dejavu.model.cuda_choices import Variant, agree, recall
-from dejavu.model.cuda_operations import architecture_of, current_stream, type_definition
+from dejavu.model.cuda_operations import compile_module, current_stream, type_definition
 from dejavu.model.layers import Linear
+
+if TYPE_CHECKING:
+    from dejavu.device.cuda_launch import Kernel
 
 MOST_ROWS = 32  # of the kernel
 ROWS_OF_TILE = 8
@@ -151,7 +154,7 @@ class Products:
         if tiles not in self._kernels:
             lines = " ".join(shape.source for shape in SHAPES)
             definitions = type_definition(self.dtype) | {"TILES": tiles, "VARIANTS": lines}
-            module = KernelModule("skinny", architecture_of(self.device), definitions)
+            module = compile_module("skinny", self.device, definitions)
             self._kernels[tiles] = {s.function: module.kernel(s.function, s.shared_bytes) for s in SHAPES}
         return self._kernels[tiles][variant.function]
 
