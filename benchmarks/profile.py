@@ -296,9 +296,8 @@ def make_profile(device: Any, rows: Sequence[Row], num_layers: int, options: Row
     """Turn rows into what planning reads."""
     import torch
 
-    from .stage_runs import measure_host_link
+    from .stage_runs import measure_links
 
-    on_cuda = device.properties.kind == "cuda"
     return Profile(
         model=options["model"],
         device=device.properties.name,
@@ -312,5 +311,5 @@ def make_profile(device: Any, rows: Sequence[Row], num_layers: int, options: Row
         ),
         dtype_bytes=getattr(torch, options["dtype"]).itemsize,
         memory_bytes=device.properties.total_bytes,
-        bandwidths_gbps={"host": measure_host_link(device) / 1e9} if on_cuda else {},
+        bandwidths_gbps={name: speed / 1e9 for name, speed in measure_links(device).items()},
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dejavu.device import Device
+from dejavu.device import Buffer, Device
 from dejavu.model.batch import Batch
 from dejavu.model.decoder import StageModel
 from dejavu.model.layers import Linear, pick_matmul
@@ -194,13 +194,28 @@ def best(group: Group, work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def measure_host_link(device: Device, nbytes: int = 1 << 28) -> float:
-    """Give the bytes a second of a copy from the device to pinned host memory."""
+def measure_links(device: Device, nbytes: int = 1 << 28) -> dict[str, float]:
+    """Give the bytes a second of a GPU's copies: to pinned host memory, and to another GPU that it reaches."""
+    from .calibrate import open_peer
+
+    if device.properties.kind == "cpu":
+        return {}
+    peer, name = open_peer(device, nbytes)
+    with device.allocate(nbytes) as here, device.allocate_host(nbytes) as host:
+        links = {"host": time_copy(device, host, here)}
+        if name != str(device):
+            links["peer"] = time_copy(device, peer, here)
+    peer.close()
+    return links
+
+
+def time_copy(device: Device, target: Buffer, source: Buffer) -> float:
+    """Give the bytes a second of the fastest of a few copies."""
     times = []
-    with device.allocate(nbytes) as here, device.allocate_host(nbytes) as host, device.create_stream("host") as stream:
+    with device.create_stream("copy") as stream:
         for _ in range(4):
             begin_s = time.perf_counter()
-            device.copy(host, here, stream=stream)
+            device.copy(target, source, stream=stream)
             stream.synchronize(60)
             times.append(time.perf_counter() - begin_s)
-    return nbytes / min(times)
+    return source.nbytes / min(times)
