@@ -43,7 +43,7 @@ class Case:
         return make_config({"synthetic": times_ms, "row_len": ROW_LEN, "num_requests": 1, **self.keys})
 
 
-SWAPPED = {"model": "opt-13b", "load_format": "dummy", "num_microbatches": 4, "swap": True}
+SWAPPED = {"model": "opt-13b", "load_format": "dummy", "dtype": "float16", "num_microbatches": 4, "swap": True}
 
 CASES = (
     Case("pp1", {"pp": 1, "microbatch_size": 4}),
@@ -66,7 +66,7 @@ CASES = (
         load=0.7,
     ),
     Case("pp3-swapped", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "4G"}),
-    Case("pp3-swapped-slow-link", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "700M"}),
+    Case("pp3-swapped-slow-link", SWAPPED | {"pp": 3, "microbatch_size": 2, "synthetic_link": "500M"}),
     Case("prompt1-token2-swapped", SWAPPED | {"prompt_pp": 1, "token_pp": 2, "synthetic_link": "1G"}),
 )
 
@@ -172,7 +172,7 @@ def swap_of(config: ServeConfig, shape: PipelineShape) -> Swap | None:
     assert config.synthetic_link
     spec = MODELS[config.model]
     layers = -(-spec.num_layers // shape.pp)
-    token_bytes = spec.kv_bytes_per_token(ITEM_BYTES[spec.dtype], layers, shape.tp)
+    token_bytes = spec.kv_bytes_per_token(ITEM_BYTES[config.dtype], layers, shape.tp)
     return Swap(token_bytes, config.synthetic_link, config.resident)
 
 
