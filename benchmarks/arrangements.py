@@ -50,11 +50,16 @@ class Arrangement:
             return "prompt", "token"
         return tuple("both" for _ in range(self.replicas))
 
-    def config(self, fixed: dict[str, Any], times: Times | None) -> ServeConfig:
-        """Make the engine's configuration; with `times` stages wait so long instead of computing."""
+    def config(self, fixed: dict[str, Any], times: Times | None, token_rows: int = 0) -> ServeConfig:
+        """Make the engine's configuration; with `times` stages wait so long instead of computing.
+
+        `token_rows` are those of a microbatch of the token pipeline alone; 0 is as anywhere.
+        """
         shape: dict[str, Any] = {"prompt_chunk": self.chunk}
         if self.prompt_stages:
             shape |= {"prompt_pp": self.prompt_stages, "token_pp": self.stages}
+            shape["prompt_microbatch_size"] = fixed.get("prompt_microbatch_size") or fixed["microbatch_size"]
+            shape["microbatch_size"] = token_rows or fixed["microbatch_size"]
         else:
             shape |= {"pp": self.stages, "dp": self.replicas}
         if times:
@@ -72,12 +77,12 @@ class Arrangement:
                 depth,
                 FixedTimes(times.prompt_s * chunks, times.token_s),
                 role,
-                rows=config.microbatch_size,
+                rows=shape.microbatch_size,
                 prompt_chunk=config.prompt_chunk,
                 max_prompt_tokens=config.max_prompt_tokens,
                 hop_s=times.hop_s,
             )
-            for depth, role, times in zip(self.depths, self.roles, passes, strict=True)
+            for depth, role, times, shape in zip(self.depths, self.roles, passes, config.pipeline_shapes, strict=True)
         )
         ahead = config.num_handover_rows if self.prompt_stages else None
         return Setup(pipelines, cache_s=cache_s, admission_s=admission_s, prompt_ahead=ahead)

@@ -49,6 +49,7 @@ class Options:
     chunk: int
     split: str | None
     microbatch_size: int
+    token_microbatch_size: int
     num_requests: int
     prompt_len: int
     output_len: int
@@ -111,6 +112,7 @@ class Served:
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="CPU threads of each worker.")
 @click.option("--transport", default="ipc", show_default=True, help="As for `dejavu serve`.")
 @click.option("--microbatch-size", default=1, show_default=True, type=click.IntRange(1), help="Rows of a microbatch.")
+@click.option("--token-microbatch-size", default=0, type=click.IntRange(0), help="Disaggregated; 0 is the same.")
 @click.option("--num-requests", default=16, show_default=True, type=click.IntRange(1), help="Requests of a workload.")
 @click.option("--prompt-len", default=64, show_default=True, type=click.IntRange(1), help="Tokens of each prompt.")
 @click.option("--output-len", default=10, show_default=True, type=click.IntRange(2), help="Mean tokens of an output.")
@@ -257,7 +259,8 @@ def serve(channel: "Channel", arrangement: Arrangement, options: Options) -> Ser
     from dejavu.cluster.job import prepare
 
     longest = max(output_lengths(options))
-    config = arrangement.config(options.fixed | {"row_len": options.prompt_len + longest}, options.times)
+    fixed = options.fixed | {"row_len": options.prompt_len + longest}
+    config = arrangement.config(fixed, options.times, options.token_microbatch_size)
     job = prepare(config, channel.size)
     for rank in range(1, channel.size):
         channel.send(rank, job.setup)

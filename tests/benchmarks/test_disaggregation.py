@@ -29,6 +29,7 @@ from dejavu.request import Completion, Request
 GIVEN = {"workers": 4, "split": None, "dp": 2, "chunk": None, "synthetic": "200,20", "model": None, "dtype": "float32"}
 GIVEN |= {"threads": 1, "transport": "ipc", "microbatch_size": 1, "num_requests": 24, "prompt_len": 64, "seed": 3}
 GIVEN |= {"output_len": 10, "outputs": "lmsys", "rates": "5,10", "ttft": None, "tpot": None, "serve_options": ""}
+GIVEN |= {"token_microbatch_size": 0}
 
 
 def options(**changes):
@@ -113,6 +114,16 @@ def test_options_of_serve_are_handed_on():
     for line, message in {"--pp 3": "--pp is what", "--kv-memroy 3": "kv_memory", "x": "is no list of options"}.items():
         with pytest.raises(UsageError, match=message):
             options(serve_options=tuple(line.split()))
+
+
+def test_the_token_side_can_have_more_rows():
+    given = options(microbatch_size=2)
+    split = disaggregated((1, 3))
+    config = split.config(given.fixed, given.times, token_rows=5)
+    assert [shape.microbatch_size for shape in config.pipeline_shapes] == [2, 5]
+    passes = [given.times.part(depth) for depth in split.depths]
+    assert [pipeline.rows for pipeline in split.simulated(config, passes, 0.0).pipelines] == [2, 5]
+    assert split.config(given.fixed, given.times).microbatch_size == 2
 
 
 def test_a_loss_is_said():
