@@ -32,6 +32,7 @@ from dejavu.cluster.links import Links
 from dejavu.device.base import Device
 from dejavu.device.vault import Vault
 from dejavu.engine.messages import Ready, Report
+from dejavu.engine.ring import place_name
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.worker import Stage, Worker
 from dejavu.errors import CapacityError, PeerLostError, TransferError
@@ -102,7 +103,10 @@ class Participant:
             self.lay_tripwire(worker, clock)
             worker.run()
             report = Report(holdings.steps, holdings.meter.read(), worker.flights.host_us_per_step)
-            channel.send(CONTROLLER, mover.report(report, channel.rank, clock.at_s))
+            report = mover.report(report, channel.rank, clock.at_s)
+            if site.vault:  # the run is over: the job's next engine must not take this one's memory for its own
+                site.vault.drop(f"{place_name(placement)}/")
+            channel.send(CONTROLLER, report)
 
     def join_keeper(self) -> Vault | None:
         """Give what leads to this host's keeper; synthetic stages have no memory to keep."""
