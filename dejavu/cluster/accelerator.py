@@ -8,12 +8,18 @@ import torch
 from dejavu.cluster.process import sleep_precisely
 from dejavu.device import Device, num_cuda_devices, open_device
 from dejavu.engine.setup import EngineSetup
-from dejavu.engine.sizing import ITEM_BYTES, Room, activation_bytes, check_rooms, describe_rooms
+from dejavu.engine.sizing import (
+    GRAPH_BYTES,
+    Room,
+    activation_bytes,
+    check_rooms,
+    describe_rooms,
+    kv_bytes_per_token,
+    pass_tokens,
+)
 from dejavu.model.spec import Shard
 from dejavu.topology import CONTROLLER, Placement
 from dejavu.transport.mpi import Channel
-
-GRAPH_BYTES = 1 << 30  # for captured graphs, the libraries' workspaces and the allocator's gaps
 
 
 def accelerator_index(channel: Channel) -> int:
@@ -55,16 +61,10 @@ def claim_memory(channel: Channel, setup: EngineSetup, placement: Placement, dev
         free_bytes=device.free_bytes(),
         weight_bytes=weight_bytes,
         reserve_bytes=reserve_bytes(setup, placement, shard),
-        pool_bytes=cache.pool_blocks * cache.block_size * kv_bytes_per_token(setup, shard),
+        pool_bytes=cache.pool_blocks * cache.block_size * kv_bytes_per_token(setup.spec, shard, setup.dtype),
     )
     channel.send(CONTROLLER, room)
     channel.receive(CONTROLLER)
-
-
-def kv_bytes_per_token(setup: EngineSetup, shard: Shard) -> int:
-    """Count the bytes of K and V that a token takes on one rank."""
-    num_layers = shard.last_layer - shard.first_layer
-    return setup.spec.kv_bytes_per_token(ITEM_BYTES[setup.dtype], num_layers, shard.tp_size)
 
 
 def reserve_bytes(setup: EngineSetup, placement: Placement, shard: Shard) -> int:
@@ -75,10 +75,8 @@ def reserve_bytes(setup: EngineSetup, placement: Placement, shard: Shard) -> int
 
 def most_tokens(setup: EngineSetup, placement: Placement) -> int:
     """Count the tokens of a worker's largest pass."""
-    config, num_rows = setup.config, setup.topology.pipelines[placement.pipeline].shape.microbatch_size
-    row_len = setup.caches[placement.pipeline].row_len
-    whole = min(max(config.max_prompt_tokens, row_len), num_rows * row_len)
-    return max(num_rows, config.prompt_chunk + num_rows if config.prompt_chunk else whole)
+    num_rows = setup.topology.pipelines[placement.pipeline].shape.microbatch_size
+    return pass_tokens(setup.config, setup.caches[placement.pipeline].row_len, num_rows, setup.cut_at)
 
 
 def share_memory(channel: Channel, setup: EngineSetup, workers: Sequence[int], deadline_s: float) -> list[str]:
@@ -97,4 +95,7 @@ def share_memory(channel: Channel, setup: EngineSetup, workers: Sequence[int], d
     check_rooms(rooms, {rank: setup.caches[pipelines[rank]] for rank in workers})
     for rank in workers:
         channel.send(rank, None)
-    return describe_rooms(rooms, {rank: setup.caches[pipelines[rank]] for rank in workers})
+    lines = describe_rooms(rooms, {rank: setup.caches[pipelines[rank]] for rank in workers})
+    if setup.cut_at:
+        lines.append(f"prompts go in passes of at most {setup.cut_at} tokens: there is no memory for larger ones")
+    return lines

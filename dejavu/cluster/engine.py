@@ -394,6 +394,7 @@ def make_worker(
         site.setup.spec.eos_token_ids,
         prompts_only=pipeline.role is Role.PROMPT,
         tells_seats=site.cache.is_swapped,
+        cut_at=site.setup.cut_at,
     )
     place = pipeline.first_stage + stage_index, tp_rank
     flights = Flights(site.channel.rank, place, clock.now_s, links.check, holdings.steps, tell=site.tell_busy)

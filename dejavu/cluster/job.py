@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from dejavu.cluster.launcher import JOB
 from dejavu.config import ServeConfig
-from dejavu.device import cuda_device_name, num_cuda_devices, why_no_cuda
+from dejavu.device import cuda_device_bytes, cuda_device_name, num_cuda_devices, why_no_cuda
 from dejavu.engine.setup import EngineSetup
-from dejavu.engine.sizing import choose_row_len, size_caches
+from dejavu.engine.sizing import choose_cut, choose_row_len, size_caches
 from dejavu.errors import ConfigError
 from dejavu.model.resolve import ResolvedModel, resolve_model
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
@@ -47,7 +47,9 @@ def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
     caches = size_caches(config, model.spec, topology, row_len, dtype, device)
     directory = None if config.load_format == "dummy" else model.directory
     name = os.environ.get(JOB) or secrets.token_hex(16)
-    setup = EngineSetup(config, model.spec, directory, topology, caches, dtype, name, device)
+    gpu_bytes = [cuda_device_bytes(index) for index in range(num_cuda_devices())] if device == "cuda" else []
+    cut_at = choose_cut(config, model.spec, topology, caches, dtype, gpu_bytes)
+    setup = EngineSetup(config, model.spec, directory, topology, caches, dtype, name, device, cut_at)
     return Job(setup, tuple(requests), tokenizer)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "Location",
     "Pieces",
     "Stream",
+    "cuda_device_bytes",
     "cuda_device_name",
     "make_pieces",
     "num_cuda_devices",
@@ -97,6 +98,13 @@ def why_no_cuda() -> str:
     from dejavu.device.cuda_driver import missing
 
     return missing() or "the driver shows no device, see CUDA_VISIBLE_DEVICES"
+
+
+def cuda_device_bytes(index: int) -> int:
+    """Give the memory of a CUDA device that is there; its context is not made."""
+    from dejavu.device.cuda_driver import device_bytes
+
+    return device_bytes(index)
 
 
 def cuda_device_name(index: int) -> str:

@@ -36,6 +36,13 @@ def count_devices() -> int:
     return int(call(driver.cuDeviceGetCount))
 
 
+def device_bytes(index: int) -> int:
+    """Give the memory of a device."""
+    from cuda.bindings import driver
+
+    return int(call(driver.cuDeviceTotalMem, call(driver.cuDeviceGet, index)))
+
+
 def device_name(index: int) -> str:
     """Give the product name of a device."""
     from cuda.bindings import driver

@@ -59,7 +59,8 @@ class Scheduler:
     """Choose the next pass, round robin over the microbatches that are not under way.
 
     New prompts go first, whole (`prompt_chunk` 0), up to `max_prompt_tokens` in a pass; then every row takes a token
-    step. With a `prompt_chunk` each pass takes the token steps and up to so many prompt tokens together. With
+    step. With a `prompt_chunk` each pass takes the token steps and up to so many prompt tokens together. With a
+    `cut_at`, prompt passes take up to so many tokens, and longer prompts several of them: memory asks for it. With
     `prompts_only` a request ends here with its first token. With `tells_seats` each pass also tells who was seated with
     a prompt that another pipeline has processed, before its own first pass, for ranks that swap.
     """
@@ -72,10 +73,12 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         prompts_only: bool = False,
         tells_seats: bool = False,
+        cut_at: int = 0,
     ) -> None:
         self.microbatches = [Microbatch(index) for index in range(num_microbatches)]
         self.prompt_chunk = prompt_chunk
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_prompt_tokens = cut_at or max_prompt_tokens
+        self.cuts_prompts = prompt_chunk + cut_at > 0
         self.eos_token_ids = eos_token_ids
         self.prompts_only = prompts_only
         self.tells_seats = tells_seats
@@ -138,7 +141,7 @@ class Scheduler:
             yield from ((p, 1) for p in microbatch.rows.values() if p.takes_one)
         budget = self.prompt_chunk or self.max_prompt_tokens
         for index, progress in enumerate(prompts):
-            num_new = min(progress.prompt_left, budget) if self.prompt_chunk else progress.prompt_left
+            num_new = min(progress.prompt_left, budget) if self.cuts_prompts else progress.prompt_left
             if num_new > budget and index:
                 return
             if num_new == 0:

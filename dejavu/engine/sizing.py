@@ -7,12 +7,16 @@ from dejavu.config import ServeConfig
 from dejavu.engine.rows import kv_tokens
 from dejavu.errors import CapacityError, ConfigError
 from dejavu.measure.render import format_bytes
+from dejavu.model.parameters import stage_elements
 from dejavu.model.spec import ModelSpec, Shard
 from dejavu.request import Request
-from dejavu.topology import Pipeline, Role, Topology
+from dejavu.topology import Pipeline, Placement, Role, Topology
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CUDA_BLOCK_TOKENS = 32
+GRAPH_BYTES = 1 << 30  # for captured graphs, the libraries' workspaces and the allocator's gaps
+USABLE = 0.97  # of a GPU's memory: contexts take the rest
+SHORTEST_CUT, LARGEST_PASS = 256, 1 << 30  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,65 @@ def describe_capacity(config: ServeConfig, pipeline: Pipeline, cache: CacheSize)
     if not cache.is_swapped:
         return text
     return f"{text}; {shape.num_rows} rows are swapped through {format_bytes(cache.host_bytes)} of host memory a worker"
+
+
+def pass_tokens(config: ServeConfig, row_len: int, num_rows: int, cut_at: int = 0) -> int:
+    """Count the tokens of the largest pass of a microbatch: of prompts, or of chunks beside token steps."""
+    if config.prompt_chunk:
+        return config.prompt_chunk + num_rows
+    longest = cut_at or max(config.max_prompt_tokens, row_len)
+    return max(num_rows, min(longest, num_rows * row_len))
+
+
+def choose_cut(
+    config: ServeConfig,
+    spec: ModelSpec,
+    topology: Topology,
+    caches: Sequence[CacheSize],
+    dtype: str,
+    gpu_bytes: Sequence[int],
+) -> int:
+    """Give the prompt tokens of a pass at which prompts are cut, where GPUs cannot hold the largest pass; else 0.
+
+    `gpu_bytes` is the memory of each of the host's GPUs, which the workers take in turn. KV that goes on to another
+    pipeline leaves with its whole prompt, so there prompts stay whole; what other hosts have is not known here.
+    """
+    if not gpu_bytes or config.is_disaggregated or config.prompt_chunk or config.hostfile:
+        return 0
+    fits = min(
+        tokens_that_fit([p for p in topology.workers if (p.rank - 1) % len(gpu_bytes) == gpu], nbytes, *sizes)
+        for gpu, nbytes in enumerate(gpu_bytes)
+        for sizes in [(spec, topology, caches, dtype)]
+    )
+    num_rows = topology.pipelines[0].shape.microbatch_size
+    whole = pass_tokens(config, caches[0].row_len, num_rows)
+    return 0 if fits >= whole else max(SHORTEST_CUT, fits - fits % SHORTEST_CUT)
+
+
+def tokens_that_fit(
+    workers: Sequence[Placement],
+    gpu_bytes: int,
+    spec: ModelSpec,
+    topology: Topology,
+    caches: Sequence[CacheSize],
+    dtype: str,
+) -> int:
+    """Count the tokens of a pass for which a GPU has memory beside its workers' weights, KV and graphs."""
+    left, per_token = int(gpu_bytes * USABLE), 0
+    for place in workers:
+        shard, cache = place.shard, caches[place.pipeline]
+        assert shard is not None
+        num_rows = topology.pipelines[place.pipeline].shape.microbatch_size
+        left -= stage_elements(spec, shard) * ITEM_BYTES[dtype] + GRAPH_BYTES
+        left -= cache.pool_blocks * cache.block_size * kv_bytes_per_token(spec, shard, dtype)
+        left -= activation_bytes(spec, shard, 0, num_rows, dtype)
+        per_token += activation_bytes(spec, shard, 1, 0, dtype)
+    return max(0, left) // per_token if per_token else LARGEST_PASS
+
+
+def kv_bytes_per_token(spec: ModelSpec, shard: Shard, dtype: str) -> int:
+    """Count the bytes of K and V that a token takes on one rank."""
+    return spec.kv_bytes_per_token(ITEM_BYTES[dtype], shard.last_layer - shard.first_layer, shard.tp_size)
 
 
 def activation_bytes(spec: ModelSpec, shard: Shard, num_tokens: int, num_rows: int, dtype: str) -> int:

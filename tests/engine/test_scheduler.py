@@ -77,10 +77,11 @@ requests = st.lists(
     microbatch_size=st.integers(1, 3),
     prompt_chunk=st.integers(0, 5),
     max_prompt_tokens=st.integers(1, 20),
+    cut_at=st.sampled_from([0, 0, 1, 4, 7]),
     seed=st.integers(0, 2**32),
 )
 def test_every_request_gets_its_tokens(
-    requests, num_microbatches, microbatch_size, prompt_chunk, max_prompt_tokens, seed
+    requests, num_microbatches, microbatch_size, prompt_chunk, max_prompt_tokens, cut_at, seed
 ):
     waiting = deque(
         Request(str(n), tuple(prompt), SamplingParams(max_tokens=output, ignore_eos=ignore))
@@ -88,7 +89,7 @@ def test_every_request_gets_its_tokens(
     )
     wanted = {request.request_id: expected_output(request) for request in waiting}
     table = RowTable(num_microbatches, microbatch_size, 4, num_microbatches * microbatch_size * 5)
-    scheduler = Scheduler(num_microbatches, prompt_chunk, max_prompt_tokens, (EOS,))
+    scheduler = Scheduler(num_microbatches, prompt_chunk, max_prompt_tokens, (EOS,), cut_at=cut_at)
     pipeline, seated, outputs = NaivePipeline(), {}, {request_id: [] for request_id in wanted}
     random = Random(seed)
     for _ in range(3000):
@@ -100,7 +101,7 @@ def test_every_request_gets_its_tokens(
         elif action == "work" and (work := scheduler.next_work()):
             new = sum(r.num_new for r in work.rows if r.is_prompt)
             alone = sum(r.is_prompt for r in work.rows) == 1
-            assert new <= (prompt_chunk or max_prompt_tokens) or (alone and not prompt_chunk)
+            assert new <= (prompt_chunk or cut_at or max_prompt_tokens) or (alone and not prompt_chunk + cut_at)
             pipeline.take(work)
         elif action == "answer" and pipeline.under_way:
             _, result = pipeline.under_way.popleft()
@@ -114,7 +115,7 @@ def test_every_request_gets_its_tokens(
                     table.release(admission)
         elif action == "fail":
             pipeline.under_way.clear()
-            scheduler = Scheduler(num_microbatches, prompt_chunk, max_prompt_tokens, (EOS,))
+            scheduler = Scheduler(num_microbatches, prompt_chunk, max_prompt_tokens, (EOS,), cut_at=cut_at)
             for serial, admission in seated.items():
                 output = outputs[admission.request.request_id]
                 if table.occupants.get((admission.microbatch, admission.row)) is not admission:
@@ -153,6 +154,16 @@ def test_prompts_go_before_token_steps_and_share_a_pass():
     scheduler.sampled(Sampled(1, 0, (SampledToken(2, 0, 60, None),), 0.0))
     third = scheduler.next_work()
     assert (third.kind, sorted(third.token_ids)) == ("token", [50, 50, 60])
+
+
+def test_cut_prompts_go_before_token_steps():
+    table, scheduler = RowTable(1, 2, 8, 6), Scheduler(1, 0, 8192, (), cut_at=3)
+    admit(scheduler, table, [1, 2], [3, 4, 5, 6, 7])
+    first = scheduler.next_work()
+    assert (first.kind, first.token_ids) == ("prompt", (1, 2, 3))
+    scheduler.sampled(Sampled(0, 0, (SampledToken(0, 0, 50, None),), 0.0))
+    second = scheduler.next_work()
+    assert (second.kind, second.token_ids) == ("prompt", (4, 5, 6))
 
 
 def test_chunks_run_beside_token_steps():

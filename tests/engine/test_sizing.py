@@ -6,10 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from dejavu.engine.sizing import CacheSize, Room, activation_bytes, check_rooms, describe_rooms, rows_that_fit
+from dejavu.config import ServeConfig
+from dejavu.engine.sizing import (
+    CacheSize,
+    Room,
+    activation_bytes,
+    check_rooms,
+    choose_cut,
+    describe_rooms,
+    rows_that_fit,
+    size_caches,
+)
 from dejavu.errors import CapacityError
 from dejavu.model.spec import Shard
 from dejavu.model.table import MODELS
+from dejavu.topology import build_topology, required_ranks
 
 GB = 10**9
 CACHE = CacheSize(row_len=1500, block_size=32, num_blocks=470, block_bytes=10_000_000)  # 10 rows of 47 blocks
@@ -50,3 +61,26 @@ def test_activations_grow_with_tokens_and_shrink_with_tensor_ranks():
     assert two - logits == 2 * (one - logits)
     assert one - logits == 4096 * 2 * (4 * 5120 + 2 * 3 * 5120 + 2 * 20480)
     assert activation_bytes(spec, half, 4096, 8, "float16") == 4096 * 2 * (4 * 5120 + 3 * 5120 + 20480)
+
+
+def cut_of(gpu_gb, **options):
+    fixed = {"model": "opt-13b", "load_format": "dummy", "microbatch_size": 8, "row_len": 2048}
+    config = ServeConfig(**{**fixed, **options})
+    spec = MODELS["opt-13b"]
+    topology = build_topology(config, spec, required_ranks(config))
+    caches = size_caches(config, spec, topology, 2048, "float16", "cuda")
+    return choose_cut(config, spec, topology, caches, "float16", [each * GB for each in gpu_gb])
+
+
+def test_prompts_are_cut_where_a_gpu_has_no_memory_for_the_largest_pass():
+    """Weights 25.7 GB, 8 rows of 1.68 GB, 1.1 GB for graphs: a pass of 8192 tokens takes 1.5 GB more."""
+    assert cut_of([80]) == 0
+    assert cut_of([44]) == 0
+    tight = cut_of([42])
+    assert 256 <= tight < 8192
+    assert tight % 256 == 0
+    assert cut_of([42, 42], pp=2) == 0  # half of it on each
+    assert cut_of([42], pp=2, num_microbatches=2) == 256  # both stages, with twice the rows, on one
+    assert cut_of([42], prompt_chunk=512) == 0
+    assert cut_of([10], prompt_pp=1, token_pp=1) == 0
+    assert cut_of([]) == 0
