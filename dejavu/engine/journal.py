@@ -100,6 +100,7 @@ class Progress:
     completion: Completion
     serial: int = -1
     seat: tuple[int, Admission] | None = None  # while it has a row where tokens are generated
+    times_s: list[float] = field(default_factory=list)  # of its tokens
 
 
 @dataclass(slots=True)
@@ -175,6 +176,7 @@ def take_seat(
 def take_token(past: Past, serial: int, token_id: int, time_s: float, start_s: float, logprobs: Any) -> None:
     """Take a token."""
     completion = past.serials[serial].completion
+    past.serials[serial].times_s.append(time_s)
     if not completion.token_ids:
         completion.first_token_s = time_s
     elif len(completion.token_ids) == 1:

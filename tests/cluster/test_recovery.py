@@ -35,15 +35,21 @@ REQUESTS = [
 
 
 def serve(directory, *arguments, faults=()):
-    """Serve as a user does; give what ended, and what its processes left behind."""
+    """Serve with faults."""
+    return start("serve", directory, *arguments, faults=faults)
+
+
+def start(command, directory, *arguments, faults=()):
+    """Run a command as a user does; give what ended, and what its processes left behind."""
     prefixes = ("OMPI_", "PMIX_", "PRTE_", "DEJAVU_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     mark = secrets.token_hex(8)
-    environment |= {MARK: mark, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    environment |= {MARK: mark, "COLUMNS": "200"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     environment |= {FAULTS: json.dumps([asdict(fault) for fault in faults])}
-    command = [sys.executable, "-m", "dejavu.cli.main", "serve", *map(str, arguments), "--out", str(directory)]
+    program = [sys.executable, "-m", "dejavu.cli.main", command, *map(str, arguments), "--out", str(directory)]
     done = subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        program, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
     done.left = [path for path in Path("/proc").glob("[0-9]*") if has_mark(path, f"{MARK}={mark}".encode())]
     return done
@@ -158,4 +164,18 @@ def test_without_a_spare_left_the_run_ends_with_who_died(base, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["error"].startswith("stage 1 (rank 2) died and no spare is left to take over"), done.stderr
     assert "Traceback" not in done.stderr, done.stderr
+    assert done.left == []
+
+
+def test_fail_inject_compares_with_a_run_without_failure(tmp_path):
+    """Stages that wait instead of computing; the controller and the only stage die."""
+    options = ["--model", "gpt2", "--synthetic", "20,10", "--spares", 2, "--num-requests", 2, "--output-len", 16]
+    faults = ["--kill", "both:0@step=4", "--kill", "controller@t=0.15"]
+    done = start("fail-inject", tmp_path / "run", *options, *faults, "--no-progress")
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["bench"], sorted(row["target"] for row in last["rows"])) == ("fail-inject", ["controller", "stage 0"])
+    assert "All 2 outputs are the same." in done.stdout
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= {"failures.csv", "latency.csv", "progress.csv", "progress.png", "whole", "failure"}
     assert done.left == []

@@ -1,0 +1,195 @@
+"""`dejavu fail-inject`: serve while ranks are killed or stopped, and check that nothing of the outputs changes."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import rich_click
+import yaml
+from rich.console import Console
+
+from dejavu.cluster.injection import FAULTS, Fault, parse_fault, to_environment
+from dejavu.config import ServeConfig, load_config
+from dejavu.engine.journal import Past, read_journal
+from dejavu.errors import UsageError
+from dejavu.measure.failures import FailureRecord
+from dejavu.measure.records import read_csv, write_csv
+from dejavu.topology import Topology, build_topology, required_ranks
+
+from .options import config_options, find_profile, given
+from .tables import rows_table
+
+HELP = """Serve a workload while ranks are killed or stopped on purpose, and check every output against a run without.
+
+WHO@WHEN is such as `token:1@step=40`, `token:1.0@step=40` (stage and tensor rank), `prompt:0@t=3.5`, `both:2@step=9`,
+`spare:0@t=2`, `controller@step=20`, `rank:3@t=1`; a step is one of a microbatch, and t counts seconds from the start of
+serving. All options of `dejavu serve` are taken; give --spares for each rank that is to be replaced. Exit code 1 where
+an output differs or a request is lost. Ends with one line of JSON."""
+
+Runs = dict[str, Path]
+
+
+def own_option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+    """Declare an option of this command, apart from those of serving."""
+    return click.option(*names, cls=rich_click.RichOption, panel="Injection", **settings)
+
+
+@click.command(cls=rich_click.RichCommand, help=HELP)
+@click.argument("profile", required=False)
+@own_option("--kill", "kills", multiple=True, metavar="WHO@WHEN", help="Kill a rank; may be repeated.")
+@own_option("--stop", "stops", multiple=True, metavar="WHO@WHEN", help="Stop a rank (SIGSTOP): it hangs. May repeat.")
+@own_option("--every", type=int, default=0, metavar="N", help="Do it again each N steps, or N seconds with t=.")
+@own_option("--lose", type=click.Choice(["memory"]), help="Lose the victim's device memory too: KV and weights.")
+@own_option("--compare", is_flag=True, help="Also serve as a plain server does: everything restarts at the failure.")
+@config_options(ServeConfig)
+def command(
+    profile: str | None,
+    kills: tuple[str, ...],
+    stops: tuple[str, ...],
+    every: int,
+    lose: str | None,
+    compare: bool,
+    **values: Any,
+) -> int:
+    """Run the command."""
+    from dejavu.measure.run_directory import RunDirectory
+    from dejavu.model.resolve import resolve_model
+
+    config = load_config(find_profile(profile), given(values))
+    topology = build_topology(config, resolve_model(config.model, "dummy").spec, required_ranks(config))
+    faults = parse_faults(kills, stops, every, topology, loses_memory=lose is not None)
+    directory = RunDirectory.create("fail-inject", config.out).path
+    runs = {name: directory / name for name in ("whole", "failure")}
+    serve(config, runs["whole"], ())
+    serve(config, runs["failure"], faults)
+    if compare:
+        runs |= serve_with_restart(config, directory, faults)
+    return report(directory, runs)
+
+
+def parse_faults(
+    kills: Sequence[str], stops: Sequence[str], every: int, topology: Topology, *, loses_memory: bool
+) -> list[Fault]:
+    """Read what is to happen; UsageError where nothing is."""
+    if not kills and not stops:
+        raise UsageError("nothing is to fail: give --kill or --stop, such as --kill both:0@step=10")
+    asked = [(text, "kill") for text in kills] + [(text, "stop") for text in stops]
+    return [parse_fault(text, kind, topology, every, loses_memory=loses_memory) for text, kind in asked]  # type: ignore[arg-type]
+
+
+def serve(config: ServeConfig, out: Path, faults: Sequence[Fault]) -> int:
+    """Serve with these faults in a job of its own; give its exit code."""
+    from dejavu.cluster.jobs import start_job
+
+    profile = out.parent / f"{out.name}.yaml"
+    values = config.model_dump(mode="json", exclude_unset=True, exclude={"out", "name", "progress"})
+    profile.write_text(yaml.safe_dump(values), encoding="utf-8")
+    os.environ.update(to_environment(faults))
+    try:
+        arguments = ["serve", str(profile), "--out", str(out), *([] if config.progress else ["--no-progress"])]
+        return start_job(
+            required_ranks(config),
+            arguments,
+            name=out.name,
+            out=str(out),
+            hostfile=config.hostfile,
+            progress=config.progress,
+        )
+    finally:
+        del os.environ[FAULTS]
+
+
+def serve_with_restart(config: ServeConfig, directory: Path, faults: Sequence[Fault]) -> Runs:
+    """Serve without spares and replicas until the first failure ends all, then serve again what was not finished."""
+    from dejavu.cluster.resilience import write_remaining
+
+    runs = {name: directory / name for name in ("restart-1", "restart-2")}
+    plain = config.replace(spares=0, replicate="off")
+    serve(plain, runs["restart-1"], faults)
+    remaining = directory / "remaining.jsonl"
+    write_remaining(journal_of(runs["restart-1"]), remaining)
+    serve(plain.replace(workload=str(remaining), rate=None, chat=False), runs["restart-2"], ())
+    return runs
+
+
+def journal_of(directory: Path) -> Past:
+    """Read the journal of a run."""
+    return read_journal(directory / "journal.jsonl")
+
+
+def report(directory: Path, runs: Runs) -> int:
+    """Check the outputs, write and show the comparison, and give the exit code."""
+    from dejavu.cluster.resilience import LatencyRow, ProgressRow, Restart, differing, read_outputs
+
+    pasts = {name: journal_of(path) for name, path in runs.items()}
+    expected, found = read_outputs(runs["whole"]), read_outputs(runs["failure"])
+    wrong = differing(expected, found)
+    restart = Restart(pasts["restart-1"], pasts["restart-2"]) if "restart-1" in runs else None
+    if restart:
+        wrong += [name for name in differing(expected, restart.outputs()) if name not in wrong]
+    latency, progress = compare_runs(expected, pasts, restart)
+    write_csv(directory / "latency.csv", latency, LatencyRow)
+    write_csv(directory / "progress.csv", progress, ProgressRow)
+    draw(progress, directory / "progress.png")
+    failures = read_failures(runs["failure"])
+    write_csv(directory / "failures.csv", failures, FailureRecord)
+    show(directory, failures, latency, wrong, served=bool(expected))
+    print(json.dumps({"bench": "fail-inject", "run": str(directory), "rows": [plain(row) for row in failures]}))
+    return int(bool(wrong) or not expected)
+
+
+def compare_runs(expected: dict[str, list[int]], pasts: dict[str, Past], restart: Any) -> tuple[list[Any], list[Any]]:
+    """Give the latencies and the progress of all runs."""
+    from dejavu.cluster.resilience import latency_rows, run_progress
+
+    latency = latency_rows(expected, pasts["whole"], pasts["failure"], restart.latencies() if restart else {})
+    progress = run_progress("whole", pasts["whole"]) + run_progress("failure", pasts["failure"])
+    return latency, progress + (restart.progress() if restart else [])
+
+
+def read_failures(directory: Path) -> list[FailureRecord]:
+    """Read what failed in a run."""
+    path = directory / "failures.csv"
+    return read_csv(path, FailureRecord) if path.exists() else []
+
+
+def plain(row: FailureRecord) -> dict[str, Any]:
+    """Give a row for JSON, which has no NaN."""
+    return {name: None if value != value else value for name, value in asdict(row).items()}
+
+
+def show(directory: Path, failures: list[FailureRecord], latency: list[Any], wrong: list[str], *, served: bool) -> None:
+    """Print the failures, the latencies, and whether all outputs are right."""
+    console = Console()
+    columns = {"target": "failed", "rank": "rank", "kind": "kind", "injected_s": "at, s", "detected_s": "detected, s"}
+    columns |= {"recovery_s": "recovery, s", "tokens_replayed": "replayed", "prompts_recomputed": "prompts again"}
+    console.print(rows_table([asdict(row) for row in failures], columns, title="Failures"))
+    shown = {"request_id": "request", "tokens": "tokens", "whole_s": "no failure, s", "failure_s": "failure, s"}
+    shown |= {"failure_ratio": "ratio", "restart_s": "restart, s", "restart_ratio": "ratio, restart"}
+    console.print(rows_table([asdict(row) for row in latency], shown, title="Latency"))
+    verdict = f"{len(wrong)} of {len(latency)} outputs differ or are missing: {', '.join(wrong)}"
+    if not served:
+        verdict = "the run without failure did not end well: see its error above"
+    console.print(verdict if wrong or not served else f"All {len(latency)} outputs are the same.", highlight=False)
+    console.print(f"Results in {directory}", soft_wrap=True, highlight=False)
+
+
+def draw(rows: Sequence[Any], path: Path) -> None:
+    """Draw the tokens of each run over time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    names = {"whole": "no failure", "failure": "failure, recovered in place", "restart": "failure, all restarts"}
+    for run in dict.fromkeys(row.run for row in rows):
+        line = [row for row in rows if row.run == run]
+        axes.step([r.time_s for r in line], [r.tokens for r in line], where="post", label=names[run])
+    axes.set(xlabel="time, s", ylabel="tokens given out", title="Progress with and without failures")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(path))
