@@ -33,6 +33,7 @@ class CudaStage:
         device: torch.device,
     ) -> None:
         exact_sums()
+        self.device = device
         operations = Operations(spec, shard, dtype, device)
         embedding, layers, head = weights
         parts = [layer_parts(spec, layer, operations.activation) for layer in layers]
@@ -44,9 +45,10 @@ class CudaStage:
         self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None
     ) -> Tensor:
         """Queue a pass, as `StageModel.forward` says."""
-        if not batch.is_token_generation:
-            return PromptPass(self.parts, batch, hidden, pool).run(layer_done)
-        output = self.steps.forward(batch, hidden, pool)
+        with torch.cuda.device(self.device):
+            if not batch.is_token_generation:
+                return PromptPass(self.parts, batch, hidden, pool).run(layer_done)
+            output = self.steps.forward(batch, hidden, pool)
         if layer_done is not None:
             for layer in range(self.parts.shard.first_layer, self.parts.shard.last_layer):
                 layer_done(layer)
@@ -54,8 +56,9 @@ class CudaStage:
 
     def warm_up(self, pool: Tensor, row_counts: Sequence[int]) -> None:
         """Choose products and capture the graphs of token steps of so many rows; tensor ranks do it together."""
-        for num_rows in row_counts:
-            self.steps.prepare(num_rows, pool)
+        with torch.cuda.device(self.device):
+            for num_rows in row_counts:
+                self.steps.prepare(num_rows, pool)
 
 
 def exact_sums() -> None:
