@@ -30,6 +30,7 @@ class SwappedRow:
     most: int  # tokens, after which no pass follows
     length: int
     present: int = 0
+    in_flight: bool = False  # a fetch into its place on the device is one that no pass has waited for
     rests: bool = False  # was left out of a token step: it has ended, as far as can be seen from here
 
     @property
@@ -56,7 +57,9 @@ class Residency:
             return
         assert len(admission.blocks) <= self.blocks_per_row, (admission, self.blocks_per_row)
         needed, arrived = kv_tokens(admission.request), admission.num_cached
-        rows[admission.row] = SwappedRow(admission.serial, admission.blocks, needed, arrived)
+        before = rows.get(admission.row)
+        in_flight = before is not None and before.in_flight
+        rows[admission.row] = SwappedRow(admission.serial, admission.blocks, needed, arrived, in_flight=in_flight)
 
     def find(self, microbatch: int, row: int) -> list[int]:
         """Give a row's blocks on the device, where its microbatch is."""
@@ -74,7 +77,7 @@ class Residency:
         leaving = self.slots[slot]
         if leaving is not None:
             for row in self.rows[leaving].values():
-                row.present = 0
+                row.present, row.in_flight = 0, False
         self.slots[slot] = microbatch
         return leaving
 
@@ -111,7 +114,16 @@ class Residency:
         assert length <= row.length, f"row {index} of microbatch {microbatch} has {row.length} tokens, not {length}"
         if row.present < length:
             yield Part(row.blocks, self.find(microbatch, index), row.present, length)
-            row.present = length
+            row.present, row.in_flight = length, True
+
+    def awaits(self, work: Work) -> bool:
+        """Tell whether a pass has to wait for fetches of its rows; then take all of its microbatch as waited for."""
+        rows = self.rows[work.microbatch]
+        is_needed = any(rows[row.row].in_flight for row in work.rows)
+        if is_needed:
+            for row in rows.values():
+                row.in_flight = False
+        return is_needed
 
     def computed(self, work: Work) -> list[Part]:
         """Take note of a pass that was computed on the device; give its new tokens, to be flushed."""

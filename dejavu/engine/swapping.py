@@ -31,8 +31,9 @@ class SwapMover(NoMover):
         self.lanes = Lanes(device, link)
         self._computed = device.create_event()
         self._flushed = [device.create_event() for _ in range(books.num_microbatches)]
+        self._freed = [device.create_event() for _ in range(books.num_microbatches)]  # its slot, by who was there
         self._fetched = [device.create_event() for _ in range(books.num_microbatches)]
-        self._awaited: set[int] = set()  # microbatches with a fetch that no pass has waited for
+        self._entered: set[int] = set()  # microbatches that no pass has waited for since they have their slots
         self._stalls: Stalls = {}
         self.stalls_ms: dict[tuple[int, int], float] = {}
 
@@ -45,13 +46,18 @@ class SwapMover(NoMover):
         if microbatch not in self.books.slots:
             self.bring_in(microbatch, wanted)
         self.fetch(microbatch, self.books.fetch_for(work))
-        if microbatch in self._awaited:
-            self._awaited.discard(microbatch)
-            start = self.lanes.mark(self.stream)
-            self._fetched[microbatch].wait(self.stream)
-            self._stalls[microbatch, work.step] = start, self.lanes.mark(self.stream)
+        self.hold(work)
         self.prepare(wanted[1:], wanted)
         return None
+
+    def hold(self, work: Work) -> None:
+        """Make compute wait for the fetches of the pass's rows; where there are none, for the slot to be free."""
+        microbatch, is_fetched = work.microbatch, self.books.awaits(work)
+        if is_fetched or microbatch in self._entered:
+            self._entered.discard(microbatch)
+            start = self.lanes.mark(self.stream)
+            (self._fetched if is_fetched else self._freed)[microbatch].wait(self.stream)
+            self._stalls[microbatch, work.step] = start, self.lanes.mark(self.stream)
 
     def end(self, work: Work) -> None:
         """Flush the pass's new tokens, then bring in what comes next."""
@@ -73,15 +79,14 @@ class SwapMover(NoMover):
         """Give a slot to a microbatch, once what was there has been flushed."""
         leaving = self.books.bring_in(microbatch, wanted)
         if leaving is not None:
-            self._awaited.discard(leaving)
-            self.lanes.run("fetch", [], [self._flushed[leaving]], self._fetched[microbatch])
-            self._awaited.add(microbatch)
+            self._entered.discard(leaving)
+            self.lanes.run("fetch", [], [self._flushed[leaving]], self._freed[microbatch])
+            self._entered.add(microbatch)
 
     def fetch(self, microbatch: int, parts: Sequence[Part]) -> None:
         """Fetch parts of a microbatch that has a slot, behind its last pass and the flush of it."""
         if parts:
             self.lanes.run("fetch", parts, [self._flushed[microbatch]], self._fetched[microbatch])
-            self._awaited.add(microbatch)
 
     def look(self) -> float:
         """Take note of what has ended; raise the error of a copy that failed. Nobody waits for it."""
@@ -119,7 +124,7 @@ class SwapMover(NoMover):
     def close(self) -> None:
         """Finish what is on its way, and give streams and events back."""
         self.lanes.close()
-        for event in (self._computed, *self._flushed, *self._fetched):
+        for event in (self._computed, *self._flushed, *self._freed, *self._fetched):
             event.close()
         for timers in self._stalls.values():
             for event in timers:

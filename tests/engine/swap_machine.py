@@ -116,9 +116,9 @@ class SwappingRank:
         own_stream = self.is_queued and self.kind == "cpu"
         self.stream = self.device.create_stream("compute") if own_stream else self.device.compute_stream
         self.num_wrong = torch.zeros((), dtype=torch.int64, device=self.device.torch_device)
-        link = LateLink(self.device, self.layout, self.memory, self.host, most_ms=self.late_ms)
+        self.link = LateLink(self.device, self.layout, self.memory, self.host, most_ms=self.late_ms)
         books = Residency(shape.num_microbatches, shape.microbatch_size, shape.blocks_per_row, shape.resident)
-        self.mover = SwapMover(self.device, books, link, self.stream)
+        self.mover = SwapMover(self.device, books, self.link, self.stream)
         self.blocks = BlockAllocator(self.layout.num_blocks)
         self.steps = [0] * shape.num_microbatches
 

@@ -99,6 +99,43 @@ def test_row_that_is_seated_waits_for_the_last_pass_of_its_place():
     rank.close()
 
 
+def test_row_that_was_fetched_in_vain_does_not_land_in_the_next_one():
+    """A cancelled request's row is on its way to the device when the next one's prompt is computed in its place."""
+    rank = SwappingRank(Shape(3, 1, 2, 4, 4), is_queued=False, late_ms=0.0)
+    for microbatch in range(3):
+        rank.admit(microbatch, 0, 12, 3, handed_over=False)
+        rank.run(microbatch, {0: 12})
+    rank.run(0, {0: 1})
+    rank.link.most_ms = 100.0
+    rank.run(1, {0: 1})  # foresees microbatch 0
+    rank.free((0, 0))
+    rank.admit(0, 0, 8, 3, handed_over=False)
+    rank.run(0, {0: 8})
+    rank.run(0, {0: 1})
+    rank.check()
+    rank.close()
+
+
+def test_prompt_does_not_wait_for_other_rows():
+    """Other rows of its microbatch are on their way to the device: the next step needs them, the prompt does not."""
+    rank = SwappingRank(Shape(3, 2, 2, 4, 4), is_queued=False, late_ms=0.0)
+    for microbatch in range(3):
+        rank.admit(microbatch, 0, 12, 5, handed_over=False)
+        rank.run(microbatch, {0: 12})
+    rank.run(0, {0: 1})
+    rank.run(1, {0: 1})
+    rank.mover.settle()
+    rank.admit(0, 1, 8, 3, handed_over=False)
+    rank.mover.books.rows[0][0].present = 6  # as if a part of it were still missing
+    pause(rank.mover.lanes.fetch_stream, 0.2)
+    rank.run(2, {0: 1})
+    rank.run(0, {1: 8})
+    rank.run(0, {0: 1, 1: 1})
+    rank.check()
+    assert rank.mover.stalls_ms.get((0, 2), 0.0) < 50 < rank.mover.stalls_ms[0, 3]
+    rank.close()
+
+
 def test_stall_is_what_compute_waits_for():
     """With one resident microbatch nothing can be fetched ahead: a step waits for all of its fetch."""
     rank = SwappingRank(Shape(2, 1, 1, 8, 1), is_queued=False, late_ms=0.0)
