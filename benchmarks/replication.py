@@ -3,10 +3,12 @@
 The same requests are served again and again; in every other round the replicas are left alone. A step's period is the
 time from one token pass of a microbatch to its next at the first stage; the pipeline is kept full, so whatever keeps a
 rank busy lengthens it. `cost_percent` is the median over pairs of rounds, `copy_us` what the records say that a pass's
-copy took (on a CPU all of its work, on a GPU the time until it was seen to be done). `wrong` counts tokens that differ
-between rounds, `bytes_step` has to be what the rows' new tokens take.
+copy took (on a CPU all of its work, on a GPU the time until it was seen to be done). `cpu_percent` is replication's
+part of the processor time of the ranks' main threads, which other work on the machine blurs less. `wrong` counts tokens
+that differ between rounds, `bytes_step` has to be what the rows' new tokens take.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -89,29 +91,59 @@ def run_rank(config: ServeConfig, rounds: int, given: dict[str, Any]) -> int:
         for rank in range(1, channel.size):
             channel.send(rank, job.setup)
         served, outcome = run_controller(channel, job.setup, lambda c: serve_rounds(c, job.requests, rounds))
+        meters = [channel.receive(rank, channel.deadline_s)[1] for rank in range(1, channel.size)]
         cache = job.setup.caches[0]
         row = make_row(config, served, list(outcome.reports.values()), cache.block_bytes // cache.block_size)
+        row |= share(meters)
         error = "a token differs with replication" if row["wrong"] else None
         code = finish(directory, "replication", [row], given, error=error)
     else:
-        mute_rounds()
+        meter = meter_rounds()
         run_worker(channel, channel.receive(CONTROLLER)[1])
+        channel.send(CONTROLLER, meter)
     channel.close()
     return code
 
 
-def mute_rounds() -> None:
-    """Have this rank's replicators leave out the passes of rounds without replication."""
-    from dejavu.engine.replication import PassFollower
+@dataclass(slots=True)
+class Meter:
+    """Add up the processor time of a rank's main thread in token passes, and that which replication took of it."""
 
-    end, muted = PassFollower.end, set[int]()
+    num_passes: int = 0
+    passes_s: float = 0.0
+    replication_s: float = 0.0
+
+
+def meter_rounds() -> Meter:
+    """Have this rank's replicators leave out the passes of rounds without replication, and meter the others."""
+    from dejavu.engine.replication import PassFollower
+    from dejavu.engine.worker import Worker
+
+    end, look, step = PassFollower.end, PassFollower.look, Worker.step
+    muted, meter, metered = set[int](), Meter(), [False]
 
     def end_unmuted(self: "PassFollower", work: "Work") -> None:
         muted.update(a.serial for a in work.admissions if a.request.request_id.startswith(WITHOUT))
+        metered[0] = work.rows[0].serial not in muted and work.kind == "token"
         if work.rows[0].serial not in muted:
+            begun_s = time.thread_time()
             end(self, work)
+            meter.replication_s += (time.thread_time() - begun_s) * metered[0]
 
-    PassFollower.end = end_unmuted  # type: ignore[method-assign]
+    def look_metered(self: "PassFollower") -> float:
+        begun_s = time.thread_time()
+        pause_s = look(self)
+        meter.replication_s += (time.thread_time() - begun_s) * metered[0]
+        return pause_s
+
+    def step_metered(self: "Worker", work: "Work") -> None:
+        begun_s = time.thread_time()
+        step(self, work)
+        meter.num_passes += metered[0]
+        meter.passes_s += (time.thread_time() - begun_s) * metered[0]
+
+    PassFollower.end, PassFollower.look, Worker.step = end_unmuted, look_metered, step_metered  # type: ignore[method-assign]
+    return meter
 
 
 def serve_rounds(controller: "Controller", requests: "Sequence[Request]", rounds: int) -> list[Round]:
@@ -166,6 +198,17 @@ def make_row(config: ServeConfig, rounds: Sequence[Round], reports: "Sequence[Re
         "bytes_step": median(move.bytes for move in steps),
         "expected_bytes_step": expected,
         "wrong": sum(count_differing(each, rounds[0]) for each in rounds),
+    }
+
+
+def share(meters: Sequence[Meter]) -> dict[str, Any]:
+    """Give what replication takes of a rank's processor time in token passes: what a busy machine does not blur."""
+    num_passes = sum(meter.num_passes for meter in meters)
+    replication_s, passes_s = sum(meter.replication_s for meter in meters), sum(meter.passes_s for meter in meters)
+    return {
+        "pass_cpu_us": 1e6 * passes_s / num_passes,
+        "replication_cpu_us": 1e6 * replication_s / num_passes,
+        "cpu_percent": 100 * replication_s / passes_s,
     }
 
 

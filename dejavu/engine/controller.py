@@ -165,7 +165,7 @@ class Controller:
                 case Moved(serial):
                     self.take_moved(rank, serial)
                 case Replicated():
-                    self.replicated[message.rank, message.microbatch] = message.step
+                    self.replicated |= {(message.rank, microbatch): step for microbatch, step in message.steps}
                 case Busy(compute_s):
                     self.activity.take(rank, compute_s, self.clock.now_s())
                 case Report():

@@ -41,11 +41,10 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
-    """Owner or holder → controller: rank `rank`'s KV of a microbatch is in its replica, up to and with this step."""
+    """Owner or holder → controller: rank `rank`'s KV is in its replica, of these microbatches up to these steps."""
 
     rank: int
-    microbatch: int
-    step: int
+    steps: tuple[tuple[int, int], ...]  # microbatch, step
 
 
 @dataclass(frozen=True, slots=True)

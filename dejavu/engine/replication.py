@@ -5,13 +5,14 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dejavu.device.base import Buffer, Device, Stream
 from dejavu.device.pieces import Pieces
 from dejavu.engine.handover import LOOK_EVERY_S, NoMover
 from dejavu.engine.messages import Replicated, Report, Work
 from dejavu.kv.layout import PoolLayout
-from dejavu.kv.replica import ReplicaBooks, ReplicaStore, RowCopy, copy_tokens, count_bytes, list_pieces
+from dejavu.kv.replica import ReplicaBooks, ReplicaStore, RowCopy, TokenCopier, count_bytes, list_pieces
 from dejavu.kv.stream import message_key
 from dejavu.measure.records import TransferRecord
 from dejavu.topology import CONTROLLER
@@ -21,10 +22,10 @@ from dejavu.transport.mpi import Channel
 from dejavu.transport.staging import move
 
 KIND = "replica"  # in the records
+TELL_EVERY_S = 0.1  # a recovery asks the stores themselves
 
 
-@dataclass(frozen=True, slots=True)
-class Copying:
+class Copying(NamedTuple):
     """Be the copies behind one pass that are under way; without a transfer they are made."""
 
     microbatch: int
@@ -81,8 +82,10 @@ class PassFollower(NoMover):
 
     def settle(self) -> None:
         """Wait until everything has arrived."""
-        while self.look() != float("inf"):
+        self.look()
+        while self.under_way:
             time.sleep(LOOK_EVERY_S)
+            self.conclude()
 
     def close(self) -> None:
         """Give back what is the mover's own."""
@@ -106,16 +109,38 @@ class Receiving(PassFollower):
         self.channel = channel
         self.store = store
         self.moved: list[tuple[int, float, float]] = []  # bytes, and from when to when
+        self.untold: dict[int, int] = {}  # by microbatch: the last step that is here, where the controller lags
+        self.told_s = 0.0
 
     def arrived(self, copying: Copying) -> None:
         """Make the copies count."""
         self.store.write(copying.microbatch, copying.step, copying.copies)
-        self.channel.send(CONTROLLER, Replicated(self.owner, copying.microbatch, copying.step), ring=False)
-        self.moved.append((count_bytes(self.layout, copying.copies), copying.start_s, time.monotonic()))
+        now_s = time.monotonic()
+        self.moved.append((count_bytes(self.layout, copying.copies), copying.start_s, now_s))
+        self.untold[copying.microbatch] = copying.step
+
+    def conclude(self) -> float:
+        """Conclude what has arrived, and tell the controller now and then."""
+        pause_s = super().conclude()
+        if not self.untold:
+            return pause_s
+        left_s = self.told_s + TELL_EVERY_S - time.monotonic()
+        if left_s > 0:
+            return min(pause_s, left_s)
+        self.tell()
+        return pause_s
+
+    def tell(self) -> None:
+        """Tell the controller what is here."""
+        self.told_s = time.monotonic()
+        self.channel.send(CONTROLLER, Replicated(self.owner, tuple(self.untold.items())), ring=False)
+        self.untold.clear()
 
     def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
         """Add a record for each pass, once all has arrived."""
         self.settle()
+        if self.untold:
+            self.tell()
         route = KIND, self.transport, self.owner, self.holder
         moved = [
             TransferRecord(rank, *route, n, run_time(start_s), run_time(end_s)) for n, start_s, end_s in self.moved
@@ -142,13 +167,15 @@ class DirectReplicator(Receiving):
         super().__init__(channel, store, every, channel.rank, holder)
         self.source = source
         self.lanes = Lanes(source.device, "replica", limit=1)
+        in_step = source.device.properties.kind == "cpu" and source.stream is source.device.compute_stream
+        self.copier = TokenCopier(store.pool, source.pool, store.layout) if in_step else None
 
     def post(self, microbatch: int, step: int, copies: Sequence[RowCopy]) -> Transfer | None:
         """Store the tokens."""
-        device, pool, target = self.source.device, self.source.pool, self.store.pool
-        if device.properties.kind == "cpu" and self.source.stream is device.compute_stream:
-            copy_tokens(device, target, pool, self.layout, copies, stream=self.source.stream)
+        if self.copier:
+            self.copier.copy(copies)
             return None
+        device, pool, target = self.source.device, self.source.pool, self.store.pool
         packed = list_pieces(self.layout, copies)
         pieces = Pieces(packed.source, packed.source, packed.nbytes)
         return self.lanes.run(
@@ -159,7 +186,8 @@ class DirectReplicator(Receiving):
         )
 
     def close(self) -> None:
-        """End the stream."""
+        """End the stream, and let go of the memory."""
+        self.copier = None
         self.lanes.close()
 
 

@@ -24,8 +24,7 @@ ALIGNMENT = 4096
 Place = tuple[int, int]  # microbatch, row
 
 
-@dataclass(frozen=True, slots=True)
-class RowCopy:
+class RowCopy(NamedTuple):
     """Say that tokens [start, stop) of the request in a row are to be copied; `blocks` hold its tokens from 0 on."""
 
     place: Place
@@ -170,6 +169,8 @@ class ReplicaStore(Closing):
         assert store._rows is not None
         assert store._steps is not None
         store._rows[..., 0] = store._steps[:] = NOBODY
+        if device.properties.kind == "cpu":  # its pages come with their first use, which is to be in no step
+            device.fill(store.pool, 0, stream=device.compute_stream)
         return store
 
     def write(self, microbatch: int, step: int, copies: Iterable[RowCopy]) -> None:
@@ -221,23 +222,36 @@ def filled_blocks(layout: PoolLayout, rows: Iterable[HeldRow]) -> list[int]:
     return sorted({block for row in rows for block in row.blocks[: -(-row.length // layout.block_size)]})
 
 
-def copy_tokens(
-    device: Device, target: Buffer, source: Buffer, layout: PoolLayout, copies: Iterable[RowCopy], *, stream: Stream
-) -> None:
-    """Copy tokens between two pools of one layout, from the same places to the same places: one 2-D copy a block."""
-    height, pitch = 2 * layout.num_layers, layout.plane_bytes
-    reach = (height - 1) * pitch
-    for offset, num_tokens in cut_blocks(layout, copies):
-        width = num_tokens * layout.token_bytes
-        device.copy_2d(
-            target.view(offset, reach + width),
-            source.view(offset, reach + width),
-            width=width,
-            height=height,
-            target_pitch=pitch,
-            source_pitch=pitch,
-            stream=stream,
+class TokenCopier:
+    """Copy tokens between two pools of one layout in the host's memory, from the same places to the same places.
+
+    It runs once a step, with caches that the model's weights have just filled: so one call of numpy for all rows.
+    """
+
+    __slots__ = ("_source", "_target", "block_size")
+
+    def __init__(self, target: Buffer, source: Buffer, layout: PoolLayout) -> None:
+        """Copy from `source` to `target`; both stay mapped as long as this is used."""
+        self.block_size = layout.block_size
+        shape = layout.num_blocks, 2 * layout.num_layers, layout.block_size
+        token = np.dtype((np.void, layout.token_bytes))
+        self._target, self._source = (
+            memory.view(0, layout.total_bytes).tensor().numpy().view(token).reshape(shape)
+            for memory in (target, source)
         )
+
+    def copy(self, copies: Sequence[RowCopy]) -> None:
+        """Copy at once."""
+        size = self.block_size
+        if all(copy.stop - copy.start == 1 for copy in copies):
+            block = [copy.blocks[copy.start // size] for copy in copies]
+            token = [copy.start % size for copy in copies]
+            self._target[block, :, token] = self._source[block, :, token]
+            return
+        for copy in copies:
+            for first in range(copy.start - copy.start % size, copy.stop, size):
+                part = copy.blocks[first // size], slice(None), slice(max(copy.start - first, 0), copy.stop - first)
+                self._target[part] = self._source[part]
 
 
 def block_message(layout: PoolLayout, blocks: Sequence[int]) -> Pieces:

@@ -15,8 +15,8 @@ from dejavu.kv.replica import (
     ReplicaBooks,
     ReplicaStore,
     StoreShape,
+    TokenCopier,
     block_message,
-    copy_tokens,
     count_bytes,
     filled_blocks,
     list_pieces,
@@ -143,7 +143,7 @@ def send(device, memory, store, packed, layout, copies, *, is_direct):
     """Copy to the store straight, or as a message."""
     stream = device.compute_stream
     if is_direct:
-        copy_tokens(device, store.pool, memory, layout, copies, stream=stream)
+        TokenCopier(store.pool, memory, layout).copy(copies)
     elif copies:
         pieces = list_pieces(layout, copies)
         assert pieces.total_bytes == count_bytes(layout, copies)

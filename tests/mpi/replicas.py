@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dejavu.cluster.keeping import Replicating
+from dejavu.device.vault import Vault
 from dejavu.engine.handover import Movers
 from dejavu.engine.replication import Receiving, ReplicaHolder, ReplicaSource
 from dejavu.engine.ring import pool_name
@@ -38,6 +39,7 @@ def watch(change: Callable[[Any, str, Any], None]) -> None:
 
     change(Replicating, "start", start_noted)
     change(Movers, "report", report_compared)
+    change(Vault, "drop", lambda self, prefix: [])  # a rank that is done lets go of what others still look at
 
 
 def same_tokens(layout: Any, rows: Any, one: Any, other: Any) -> None:
