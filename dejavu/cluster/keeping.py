@@ -219,7 +219,7 @@ class Replicating:
             pool, stream = self.source.pool, self.source.stream
             self.carrier.receive(holder - 1, RESTORE_KEY, pool, message, stream=stream).wait(self.channel.deadline_s)
             restored = RestoredPool(rows, message.total_bytes, time.monotonic() - started)
-        mover = SendingReplicator(self.carrier, self.source, layout, self.every, self.channel.rank - 1, holder - 1)
+        mover = SendingReplicator(self.channel, self.carrier, self.source, layout, self.every, holder, carrier_offset=1)
         mover.books.adopt(rows)
         return mover, restored
 

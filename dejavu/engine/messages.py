@@ -48,6 +48,11 @@ class Replicated:
 
 
 @dataclass(frozen=True, slots=True)
+class AllReplicated:
+    """Holder → owner on another host, at the end: your whole replica is here, and you may close what led to it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Admissions:
     """Controller → first stage: requests that were seated together, so that their prompts can share a pass."""
 

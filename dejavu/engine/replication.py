@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dejavu.device.base import Buffer, Device, Stream
 from dejavu.device.pieces import Pieces
 from dejavu.engine.handover import LOOK_EVERY_S, NoMover
-from dejavu.engine.messages import Replicated, Report, Work
+from dejavu.engine.messages import AllReplicated, Replicated, Report, Work
 from dejavu.kv.layout import PoolLayout
 from dejavu.kv.replica import ReplicaBooks, ReplicaStore, RowCopy, TokenCopier, count_bytes, list_pieces
 from dejavu.kv.stream import message_key
@@ -192,31 +192,51 @@ class DirectReplicator(Receiving):
 
 
 class SendingReplicator(PassFollower):
-    """Send to a holder on another host, which posts the other side by itself. Ranks are those of the carrier."""
+    """Send to a holder on another host, which posts the other side by itself."""
+
+    takes = (AllReplicated,)
 
     def __init__(
         self,
+        channel: Channel,
         carrier: Carrier,
         source: ReplicaSource,
         layout: PoolLayout,
         every: int,
-        owner: int,
         holder: int,
+        *,
+        carrier_offset: int,
     ) -> None:
-        super().__init__(layout, every, owner, holder)
+        """Send to world rank `holder`, which in the carrier's communicator is `carrier_offset` less."""
+        super().__init__(layout, every, channel.rank, holder)
+        self.channel = channel
+        self.carrier_offset = carrier_offset
         self.carrier = carrier
         self.source = source
+        self.is_held = False
 
     def post(self, microbatch: int, step: int, copies: Sequence[RowCopy]) -> Transfer | None:
         """Send the tokens, packed into one message."""
         if not copies:
             return None
+        holder, pieces = self.holder - self.carrier_offset, list_pieces(self.layout, copies)
         key = step_key(self.owner, self.holder, microbatch, step)
-        pieces = list_pieces(self.layout, copies)
-        return self.carrier.send(self.holder, key, self.source.pool, pieces, stream=self.source.stream)
+        return self.carrier.send(holder, key, self.source.pool, pieces, stream=self.source.stream)
 
     def arrived(self, copying: Copying) -> None:
         """Leave it to the holder to tell."""
+
+    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+        """Wait until the holder has all: what is on its way is lost where its carrier is closed."""
+        self.settle()
+        if not self.is_held:
+            self.take(self.channel.receive(self.holder, self.channel.deadline_s)[1])
+        return report
+
+    def take(self, message: object) -> None:
+        """Take the holder's word that it has all."""
+        assert isinstance(message, AllReplicated), message
+        self.is_held = True
 
 
 class ReplicaHolder(Receiving):
@@ -242,9 +262,15 @@ class ReplicaHolder(Receiving):
         """Await the tokens."""
         if not copies:
             return None
-        owner, holder = self.owner - self.carrier_offset, self.holder - self.carrier_offset
-        key, stream = step_key(owner, holder, microbatch, step), self.carrier.device.compute_stream
+        owner, key = self.owner - self.carrier_offset, step_key(self.owner, self.holder, microbatch, step)
+        stream = self.carrier.device.compute_stream
         return self.carrier.receive(owner, key, self.store.pool, list_pieces(self.layout, copies), stream=stream)
+
+    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+        """Add the records, and tell the owner that all has arrived."""
+        report = super().report(report, rank, run_time)
+        self.channel.send(self.owner, AllReplicated())
+        return report
 
 
 def note_pass(books: ReplicaBooks, work: Work) -> None:

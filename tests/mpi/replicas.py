@@ -12,6 +12,7 @@ import torch
 from dejavu.cluster.keeping import Replicating
 from dejavu.device.vault import Vault
 from dejavu.engine.handover import Movers
+from dejavu.engine.messages import Report
 from dejavu.engine.replication import Receiving, ReplicaHolder, ReplicaSource
 from dejavu.engine.ring import pool_name
 from dejavu.kv.replica import RowCopy, filled_blocks, list_pieces
@@ -34,7 +35,7 @@ def watch(change: Callable[[Any, str, Any], None]) -> None:
         for mover in receiving:
             compare(mover, made[-1])
         if receiving:
-            restore(made[-1])
+            restore(made[-1], reported)
         return reported
 
     change(Replicating, "start", start_noted)
@@ -62,7 +63,7 @@ def compare(mover: Receiving, replicating: Replicating) -> None:
         same_tokens(mover.layout, rows, mover.store.pool, pool)
 
 
-def restore(replicating: Replicating) -> None:
+def restore(replicating: Replicating, report: Report) -> None:
     """Have every rank get the KV of a pool that it takes anew."""
     old = replicating.source
     with ExitStack() as stack, old.device.allocate_exportable(old.pool.nbytes) as memory:
@@ -73,3 +74,5 @@ def restore(replicating: Replicating) -> None:
         assert restored.nbytes % mover.layout.block_bytes == 0
         assert restored.nbytes // mover.layout.block_bytes == len(filled_blocks(mover.layout, restored.rows.values()))
         same_tokens(mover.layout, restored.rows, memory, old.pool)
+        for each in movers:  # nobody leaves before all have what was sent to them
+            each.report(report, replicating.channel.rank, float)
