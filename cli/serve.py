@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dejavu.cluster.launcher import world_rank
-from dejavu.config import ServeConfig, load_config
+from dejavu.config import ServeConfig, load_config, make_config
+from dejavu.errors import UsageError
 from dejavu.topology import Topology, build_topology, required_ranks
 
 from .options import config_options, find_profile, given
+
+MOST_RESTARTS = 10
 
 HELP = """Serve a model and a workload over MPI ranks, and write what happened to a run directory.
 
@@ -26,14 +30,56 @@ win over it. Outside mpirun this starts as many ranks as the options need; insid
 @click.argument("profile", required=False)
 @config_options(ServeConfig)
 @click.option("--dry-run", is_flag=True, cls=rich_click.RichOption, panel="Run", help="Print ranks and command; stop.")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    cls=rich_click.RichOption,
+    panel="Run",
+    help="Go on with a run that was lost, from the journal in its directory; takes no other option.",
+)
 @click.pass_context
-def command(context: click.Context, /, profile: str | None, dry_run: bool, **values: Any) -> int:
+def command(context: click.Context, /, profile: str | None, dry_run: bool, resume: Path | None, **values: Any) -> int:
     """Run the command."""
+    if resume:
+        return go_on(resume)
     config = load_config(find_profile(profile), given(values))
     if world_rank(os.environ) is not None:
         return be_rank(config)
     own = [argument for argument in context.obj if argument != "--dry-run"]
     return show(config, own) if dry_run else start(config, own)
+
+
+def go_on(run: Path) -> int:
+    """Start a lost run again, with the configuration that it had."""
+    import yaml
+
+    from dejavu.cluster.jobs import start_job
+    from dejavu.measure.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    if not directory.run_file.exists() or not (run / "journal.jsonl").exists():
+        raise UsageError(f"{run} holds no run that could go on: name a directory with run.yaml and journal.jsonl")
+    if directory.outputs_file.exists():
+        raise UsageError(f"the run in {run} has ended well: there is nothing to go on with")
+    values = yaml.safe_load(directory.run_file.read_text(encoding="utf-8"))["config"]
+    config = make_config({name: value for name, value in values.items() if value is not None}, str(directory.run_file))
+    profile = run / "resume.yaml"
+    profile.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude={"out"}, exclude_none=True)))
+    return start_job(
+        required_ranks(config),
+        ["serve", str(profile)],
+        name=config.name,
+        hostfile=config.hostfile,
+        progress=config.progress,
+        restarts=restarts_of(config),
+        resume=directory,
+    )
+
+
+def restarts_of(config: ServeConfig) -> int:
+    """Give how often a lost run is started again."""
+    return MOST_RESTARTS if config.on_failure == "respawn" else 0
 
 
 def be_rank(config: ServeConfig) -> int:
@@ -74,6 +120,7 @@ def start(config: ServeConfig, arguments: list[str]) -> int:
         out=config.out,
         hostfile=config.hostfile,
         progress=config.progress,
+        restarts=restarts_of(config),
     )
 
 

@@ -124,6 +124,11 @@ class ServeConfig(BaseModel):
     replica_transport: Literal["auto", "tcp", "mpi"] = option(
         "auto", "Failures", "What carries replicas to another host, tcp by default; one host shares memory by default."
     )
+    on_failure: Literal["abort", "respawn"] = option(
+        "abort",
+        "Failures",
+        "Without a spare left, or when mpirun itself dies: end the run, or start it again where it was.",
+    )
     hang_timeout: float = option(
         10.0, "Failures", "Seconds that a process may stand still, stopped by a signal, before it is ended.", gt=0
     )

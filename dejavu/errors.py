@@ -45,5 +45,9 @@ class PeerLostError(DejavuError):
     """Report a rank that died or stopped answering."""
 
 
+class RunLostError(PeerLostError):
+    """Report that the run cannot go on in place, and is to be started again from its journal."""
+
+
 class DeadlineError(DejavuError):
     """Report a wait that passed its deadline."""

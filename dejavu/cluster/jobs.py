@@ -4,11 +4,13 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 
 import click
 from rich.console import Console
 
 from dejavu.cluster.launcher import (
+    RESUME,
     SUPERVISOR,
     Launch,
     Terminal,
@@ -57,14 +59,22 @@ def start_job(
     out: str | None = None,
     hostfile: str | None = None,
     progress: bool = True,
+    restarts: int = 0,
+    resume: RunDirectory | None = None,
 ) -> int:
-    """Run `dejavu ARGUMENTS` on `num_ranks` ranks with a new run directory; give its exit code, after its error."""
+    """Run `dejavu ARGUMENTS` on `num_ranks` ranks with a new run directory; give its exit code, after its error.
+
+    A run that is lost is started again up to `restarts` times; `resume` goes on with one that was lost before.
+    """
     console = Console()
     plan_launch(num_ranks, arguments, console, hostfile=hostfile)  # what is missing is said before a directory is made
-    directory = RunDirectory.create(name, out)
+    directory = resume or RunDirectory.create(name, out)
     launch = plan_launch(num_ranks, arguments, console, hostfile=hostfile, directory=directory)
+    if resume:
+        resume.result_file.unlink(missing_ok=True)
+        launch = replace(launch, environment={**launch.environment, RESUME: "1"})
     show_line(console, launch)
-    result = run_job(launch, directory, open_display(console, progress=progress))
+    result = run_job(launch, directory, open_display(console, progress=progress), restarts=restarts)
     if result.error:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {result.error}", err=True)
     return result.exit_code

@@ -12,6 +12,7 @@ from dejavu.errors import UsageError
 
 RUN_DIR = "DEJAVU_RUN_DIR"
 JOB = "DEJAVU_JOB"
+RESUME = "DEJAVU_RESUME"  # tells ranks to go on from the journal in the run directory
 SUPERVISOR = "DEJAVU_SUPERVISOR"  # PROCESS@HOST of whoever watches the job
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dejavu.cluster.launcher import JOB, RUN_DIR, world_rank
-from dejavu.errors import DejavuError
+from dejavu.errors import DejavuError, RunLostError
 from dejavu.measure.run_directory import RunDirectory
 
 PR_SET_PDEATHSIG = 1
@@ -105,6 +105,10 @@ def fail(error: BaseException) -> int:
 def refuse(error: BaseException) -> int:
     """Report an exception and record it as the job's result, where all ranks then end in good order."""
     result = describe(error, world_rank(os.environ) or 0)
+    if isinstance(error, RunLostError) and JOB in os.environ:
+        if result.rank == 0:
+            sys.stderr.write(f"{error}\n")  # the supervisor says that it starts the run again
+        return result.exit_code
     first = record(result)
     report(error, result, first=first, supervised=JOB in os.environ)
     sys.stdout.flush()

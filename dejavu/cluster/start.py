@@ -14,7 +14,7 @@ from dejavu.cluster.engine import Inheritance, Outcome, run_controller
 from dejavu.cluster.injection import IncidentLog, Injector, faults_for, from_environment
 from dejavu.cluster.job import Job, prepare
 from dejavu.cluster.keeping import open_vault
-from dejavu.cluster.launcher import RUN_DIR
+from dejavu.cluster.launcher import RESUME, RUN_DIR
 from dejavu.cluster.process import refuse
 from dejavu.cluster.standby import Calling, say_farewell, stand_by
 from dejavu.cluster.status import status
@@ -26,7 +26,7 @@ from dejavu.engine.controller import Controller
 from dejavu.engine.journal import Journal, Past, read_journal
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import CacheSize, check_host_memory, describe_capacity
-from dejavu.errors import PeerLostError, UsageError
+from dejavu.errors import PeerLostError, RunLostError, UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
 from dejavu.measure.records import RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
@@ -46,7 +46,12 @@ def run_rank(config: ServeConfig) -> int:
     from mpi4py import MPI
 
     channel = Channel(MPI.COMM_WORLD, config.stall_timeout)
-    code = serve(channel, config) if channel.rank == CONTROLLER else work(channel)
+    try:
+        code = serve(channel, config) if channel.rank == CONTROLLER else work(channel)
+    except PeerLostError as error:
+        if config.on_failure == "respawn":
+            raise RunLostError(str(error)) from error
+        raise
     part(channel, code)
     return code
 
@@ -84,8 +89,7 @@ def take_over(channel: Channel, setup: EngineSetup, calling: Calling) -> int:
     if not past.is_complete:
         raise PeerLostError("the controller died before it had taken the workload: start the run again")
     tokenizer = load_tokenizer(setup.directory) if setup.directory else None
-    requests = tuple(progress.completion.request for progress in past.requests.values())
-    lead(channel, Job(setup, requests, tokenizer), directory, Inheritance(past, calling.deaths, calling.detected_s))
+    lead(channel, Job(setup, (), tokenizer), directory, Inheritance(past, calling.deaths, calling.detected_s))
     return 0
 
 
@@ -126,13 +130,25 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     places = [(host_name(), cpu_model()), *(channel.receive(rank, channel.deadline_s)[1] for rank in workers)]
     write_description(directory, job, places)
     directory.write_status({"state": "loading"})
-    lead(channel, job, directory)
+    lead(channel, job, directory, inherit(directory) if RESUME in os.environ else None)
     return 0
+
+
+def inherit(directory: RunDirectory) -> Inheritance | None:
+    """Take up the run that was lost in this directory; None where it had not taken its workload yet."""
+    past = read_journal(directory.path / JOURNAL)
+    if past.is_complete:
+        return Inheritance(past)
+    (directory.path / JOURNAL).unlink(missing_ok=True)
+    return None
 
 
 def lead(channel: Channel, job: Job, directory: RunDirectory, inheritance: Inheritance | None = None) -> None:
     """Serve the workload as the controller, write the results, and let all other ranks go."""
     make_stream = job.tokenizer.stream if job.tokenizer else None
+    if inheritance:
+        requests = tuple(progress.completion.request for progress in inheritance.past.requests.values())
+        job = replace(job, requests=requests)
     journal = Journal(directory.path / JOURNAL)
     past = inheritance.past if inheritance else None
 

@@ -10,10 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 
-from dejavu.cluster.launcher import JOB, Launch
+from dejavu.cluster.launcher import JOB, RESUME, Launch
 from dejavu.cluster.leftovers import kill_job, remove_session_files
 from dejavu.cluster.noise import BoilerplateFilter, Lines
 from dejavu.cluster.process import JobResult, read_result, set_parent_death_signal
@@ -82,6 +83,7 @@ class Supervisor:
         self.streams = selectors.DefaultSelector()
         self.process: subprocess.Popen[bytes] | None = None
         self.started = time.time()
+        self.is_lost = False  # ended without a result, and nobody has asked for that
 
     def run(self) -> JobResult:
         """Start the job, watch it to its end, and give its result."""
@@ -181,6 +183,7 @@ class Supervisor:
             return result
         for line in self.filter.withheld:
             self.show(line, error=True)
+        self.is_lost = True
         code = self.process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return JobResult("error", 1, f"the job ended without a result (mpirun: {how})")
@@ -234,13 +237,23 @@ def ending_keeper(job: str) -> Iterator[None]:
         end_keeper(job)
 
 
-def run_job(launch: Launch, directory: RunDirectory, display: Display) -> JobResult:
-    """Run a job to its end and give its result; try once more where mpirun itself failed to start it."""
+def run_job(launch: Launch, directory: RunDirectory, display: Display, *, restarts: int = 0) -> JobResult:
+    """Run a job to its end and give its result; try once more where mpirun itself failed to start it.
+
+    Where it is lost while it serves, start it again up to so many times, from where its journal says that it was.
+    """
     with display, ending_keeper(launch.environment[JOB]):
         supervisor = Supervisor(launch, directory, display)
         result = supervisor.run()
         if supervisor.launch_failed:
             display.write("mpirun could not start the ranks: trying once more", error=True)
-            result = Supervisor(launch, directory, display).run()
+            supervisor = Supervisor(launch, directory, display)
+            result = supervisor.run()
+        again = replace(launch, environment={**launch.environment, RESUME: "1"})
+        while supervisor.is_lost and restarts:
+            restarts -= 1
+            display.write(f"{result.error}: starting it again where it was", error=True)
+            supervisor = Supervisor(again, directory, display)
+            result = supervisor.run()
     directory.write_result(result.outcome, result.exit_code, result.error, result.rank)  # unless a rank has
     return result

@@ -179,3 +179,30 @@ def test_fail_inject_compares_with_a_run_without_failure(tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names >= {"failures.csv", "latency.csv", "progress.csv", "progress.png", "whole", "failure"}
     assert done.left == []
+
+
+def test_lost_run_is_started_again_where_it_was(base, expected, tmp_path):
+    """By the supervisor, with what the keeper has kept of KV and weights."""
+    _, arguments = base
+    faults = [Fault(2, "kill", step=5)]
+    done = serve(tmp_path / "run", *arguments, "--pp", 2, "--on-failure", "respawn", faults=faults)
+    said = f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, said
+    assert said.count("starting it again where it was") == 1
+    assert read_outputs(tmp_path / "run") == expected
+    assert done.left == []
+
+
+def test_lost_run_goes_on_by_hand(base, expected, tmp_path):
+    """What was given out stays; the rest is computed again, for nobody has kept its KV."""
+    _, arguments = base
+    faults = [Fault(1, "kill", step=6)]
+    done = serve(tmp_path / "run", *arguments, "--pp", 2, faults=faults)
+    assert done.returncode == 1, done.stderr
+    journal = (tmp_path / "run" / "journal.jsonl").read_text()
+    assert journal.count('["token"') > len(REQUESTS)
+    again = start("serve", tmp_path / "other", "--resume", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "run" / "journal.jsonl").read_text().startswith(journal)
+    assert read_outputs(tmp_path / "run") == expected
+    assert done.left == again.left == []
