@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO := results/runs/$(shell date +%Y%m%d-%H%M%S)-demo
 SOURCES := dejavu cli benchmarks tests
 
-.PHONY: help install serve test lint gpu-test clean
+.PHONY: help install serve test lint gpu-test demo reproduce clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +17,8 @@ help:
 	@echo 'make test      run all tests, those of MPI under mpirun'
 	@echo 'make lint      check style and types'
 	@echo 'make gpu-test  run the tests that need a CUDA device'
+	@echo 'make demo      kill a worker while serving, with everything switched on; report and trace at the end'
+	@echo 'make reproduce do the figures of the paper again (GPU=1 on GPUs), ours beside theirs'
 	@echo 'make clean     remove $(VENV) and what builds and tests leave'
 
 install: $(STAMP)
@@ -41,6 +44,17 @@ lint: install
 	$(BIN)/ruff check $(SOURCES) setup.py
 	$(BIN)/ruff format --check $(SOURCES) setup.py
 	$(BIN)/mypy $(SOURCES)
+
+demo: install
+	@echo '1. Prompts and tokens in pipelines of their own, microbatches swapped, KV replicated, one spare: without a failure,'
+	@echo '   then with token stage 1 killed after 12 steps. The texts have to be the same.'
+	$(BIN)/dejavu fail-inject resilient.yaml --kill token:1@step=12 --no-progress --out $(DEMO)
+	@echo '2. What happened, as a page: the failure is the dashed line, the stages are the bars.'
+	$(BIN)/dejavu report $(DEMO)/failure
+	@echo "3. The trace, for https://ui.perfetto.dev: $(DEMO)/failure/trace.json"
+
+reproduce: install
+	$(BIN)/dejavu bench reproduce $(if $(GPU),--gpu)
 
 gpu-test: install
 	$(BIN)/python -m pytest -m 'gpu or gpu2' --ignore=tests/mpi

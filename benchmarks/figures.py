@@ -12,8 +12,9 @@ A figure is a YAML file beside this module:
         better: higher
         value: {column: makespan_s, where: {arrangement: colocated}, over: {arrangement: disaggregated}}
 
-`value` names a column and the rows that count; `take` (max by default, min, median, first) makes one number of several,
-and `over` divides by the same column of other rows.
+`value` names a column and the rows that count, of another `table` of the command's last line where it has several;
+`take` (max by default, min, median, first) makes one number of them, and `over` divides by the same column of other
+rows.
 """
 
 import statistics
@@ -44,8 +45,9 @@ class Measure:
     paper: float | None = None
     better: str = "higher"
 
-    def read(self, rows: Sequence[Row]) -> float | None:
-        """Give the number; None where no row fits."""
+    def read(self, tables: Mapping[str, Any]) -> float | None:
+        """Give the number from a command's last line; None where no row fits."""
+        rows = tables[self.value.get("table", "rows")]
         column, take = self.value["column"], TAKE[self.value.get("take", "max")]
         numbers = select(rows, self.value.get("where", {}), column)
         if "over" not in self.value:

@@ -71,7 +71,7 @@ def reproduce(plan: FigurePlan, kind: str, runs: Path, into: Path, timeout_s: fl
     if last is None:
         return [measure_row(plan, kind, "-", None, None, f"failed: {error}")]
     keep_files(Path(last.get("run", runs / plan.stem)), into / f"{plan.stem}-{kind}")
-    results = [(m, m.read(last["rows"])) for m in plan.measures]
+    results = [(m, m.read(last)) for m in plan.measures]
     rows = [measure_row(plan, kind, m.name, number, m.paper, m.verdict(number)) for m, number in results]
     record = {"command": ["dejavu", *shown], **origin(kind, last), "rows": rows}
     record["seconds"] = round(time.monotonic() - start_s, 1)

@@ -138,7 +138,8 @@ def report(directory: Path, runs: Runs) -> int:
     failures = read_failures(runs["failure"])
     write_csv(directory / "failures.csv", failures, FailureRecord)
     show(directory, failures, latency, wrong, served=bool(expected))
-    print(json.dumps({"bench": "fail-inject", "run": str(directory), "rows": [plain(row) for row in failures]}))
+    tables = {"rows": [plain(row) for row in failures], "latency": [plain(row) for row in latency]}
+    print(json.dumps({"bench": "fail-inject", "run": str(directory), **tables}))
     return int(bool(wrong) or not expected)
 
 
@@ -157,7 +158,7 @@ def read_failures(directory: Path) -> list[FailureRecord]:
     return read_csv(path, FailureRecord) if path.exists() else []
 
 
-def plain(row: FailureRecord) -> dict[str, Any]:
+def plain(row: Any) -> dict[str, Any]:
     """Give a row for JSON, which has no NaN."""
     return {name: None if value != value else value for name, value in asdict(row).items()}
 

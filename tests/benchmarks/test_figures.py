@@ -29,7 +29,12 @@ def value(**keys):
     ],
 )
 def test_number_is_read_off_the_rows(measure, expected):
-    assert measure.read(ROWS) == expected
+    assert measure.read({"rows": ROWS}) == expected
+
+
+def test_number_of_another_table():
+    measure = Measure("a", {"table": "latency", "column": "failure_ratio", "take": "median"})
+    assert measure.read({"rows": ROWS, "latency": [{"failure_ratio": 1.5}, {"failure_ratio": None}]}) == 1.5
 
 
 def test_verdict_knows_which_way_is_better():
