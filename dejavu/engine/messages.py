@@ -91,7 +91,7 @@ class RowWork(NamedTuple):
     context: int
     is_prompt: bool
     samples: bool  # the last new token's logits give the next token
-    prompt_len: int  # tokens of the whole prompt
+    prompt_len: int  # tokens of the whole prompt; after a loss of KV, those that were generated before it too
 
 
 @dataclass(frozen=True, slots=True)

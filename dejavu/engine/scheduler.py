@@ -180,7 +180,7 @@ def advance(progress: RowProgress, num_new: int) -> RowWork:
     admission = progress.admission
     is_prompt = progress.context < len(admission.request.prompt_token_ids) or num_new > 1
     samples = progress.prompt_left <= num_new
-    prompt_len = len(admission.request.prompt_token_ids)
+    prompt_len = len(admission.request.prompt_token_ids) + len(admission.outputs)
     work = RowWork(admission.serial, admission.row, num_new, progress.context, is_prompt, samples, prompt_len)
     progress.context += num_new
     progress.is_new = False

@@ -6,7 +6,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.engine.messages import Resume, Sampled, SampledToken
+from dejavu.engine.messages import Admission, Resume, Sampled, SampledToken
 from dejavu.engine.rows import RowTable
 from dejavu.engine.scheduler import Scheduler
 from dejavu.request import Request, SamplingParams
@@ -195,3 +195,14 @@ def test_released_request_takes_no_further_step_and_its_late_token_is_ignored():
     work = scheduler.next_work()
     assert work.token_ids == (7,)
     assert work.rows[0].serial == new.serial
+
+
+def test_a_prompt_with_tokens_from_before_a_loss_is_one_prompt():
+    """What is said of the pass's share of its prompts counts what has to be processed again as a part of them."""
+    scheduler = Scheduler(1, 0, 8192, ())
+    scheduler.admit(
+        Admission(0, 0, 0, (0,), Request("0", (1, 2, 3, 4), SamplingParams(max_tokens=9)), outputs=(5, 6, 7))
+    )
+    work = scheduler.next_work()
+    assert sum(row.num_new for row in work.rows) == 7
+    assert work.prompt_share == 1.0
