@@ -14,7 +14,7 @@ from .lazy import LazyGroup
 
 COMMANDS = {
     "serve": "Serve a model and a workload over MPI ranks.",
-    "fail-inject": "Serve while ranks are killed or stopped, and check that no output changes.",
+    "fail-inject": "Serve while ranks fail, and check that no output changes.",
     "plan": "Work out which split of the machine serves a workload best.",
     "simulate": "Simulate pipelines, swapping and failures without running a model.",
     "trace": "Make or describe a workload trace.",

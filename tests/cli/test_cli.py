@@ -71,7 +71,7 @@ def test_help_lists_every_command_with_a_line_each():
 )
 def test_every_listed_command_exists(package, names):
     for name in names:
-        assert import_module(f"{package}.{name}").command.name is not None
+        assert import_module(f"{package}.{name.replace('-', '_')}").command.name is not None
 
 
 @pytest.mark.parametrize("width", [80, 120])
