@@ -16,7 +16,7 @@ COMMANDS = {
     "serve": "Serve a model and a workload over MPI ranks.",
     "fail-inject": "Serve while ranks fail, and check that no output changes.",
     "plan": "Work out which split of the machine serves a workload best.",
-    "simulate": "Simulate pipelines, swapping and failures without running a model.",
+    "simulate": "Simulate pipelines, swapping and failures without a model.",
     "trace": "Make or describe a workload trace.",
     "top": "Watch a run while it serves.",
     "report": "Show runs as a page, side by side where there are several.",
