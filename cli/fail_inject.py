@@ -17,7 +17,7 @@ from dejavu.config import ServeConfig, load_config
 from dejavu.engine.journal import Past, read_journal
 from dejavu.errors import UsageError
 from dejavu.measure.failures import FailureRecord
-from dejavu.measure.records import read_csv, write_csv
+from dejavu.measure.records import write_csv
 from dejavu.topology import Topology, build_topology, required_ranks
 
 from .options import config_options, find_profile, given
@@ -135,7 +135,7 @@ def report(directory: Path, runs: Runs) -> int:
     write_csv(directory / "latency.csv", latency, LatencyRow)
     write_csv(directory / "progress.csv", progress, ProgressRow)
     draw(progress, directory / "progress.png")
-    failures = read_failures(runs["failure"])
+    failures = pasts["failure"].failures
     write_csv(directory / "failures.csv", failures, FailureRecord)
     show(directory, failures, latency, wrong, served=bool(expected))
     tables = {"rows": [plain(row) for row in failures], "latency": [plain(row) for row in latency]}
@@ -150,12 +150,6 @@ def compare_runs(expected: dict[str, list[int]], pasts: dict[str, Past], restart
     latency = latency_rows(expected, pasts["whole"], pasts["failure"], restart.latencies() if restart else {})
     progress = run_progress("whole", pasts["whole"]) + run_progress("failure", pasts["failure"])
     return latency, progress + (restart.progress() if restart else [])
-
-
-def read_failures(directory: Path) -> list[FailureRecord]:
-    """Read what failed in a run."""
-    path = directory / "failures.csv"
-    return read_csv(path, FailureRecord) if path.exists() else []
 
 
 def plain(row: Any) -> dict[str, Any]:
