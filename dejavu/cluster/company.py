@@ -19,6 +19,7 @@ from dejavu.engine.setup import EngineSetup
 from dejavu.errors import PeerLostError
 from dejavu.measure.clock import ClockSample, RunClock, estimate_offset
 from dejavu.topology import CONTROLLER
+from dejavu.transport.membership import is_cut_off
 from dejavu.transport.mpi import Channel
 
 LOAD_DEADLINE_S = 1800.0
@@ -43,6 +44,10 @@ class Rounds:
         topology, before = self.setup.topology, self.channel.membership
         lost = self.channel.recover(topology.first_spare)
         membership = self.channel.membership
+        if is_cut_off(before, membership.processes, self.channel.process_hosts):
+            raise PeerLostError(
+                "most other ranks are out of reach: this side of a cut network stops"
+            ) from error
         self.false_alarms = 0 if lost else self.false_alarms + 1
         if self.false_alarms > MOST_FALSE_ALARMS:
             raise error

@@ -65,6 +65,19 @@ def reassign(before: Membership, survivors: Sequence[int], first_spare: int, hos
     return Membership(before.epoch + 1, tuple(places), tuple(survivors))
 
 
+def is_cut_off(before: Membership, survivors: Sequence[int], hosts: Sequence[str]) -> bool:
+    """Tell whether these survivors are the smaller side of a cut network, which has to stop: the other one may go on.
+
+    Who is left is such a side if all others are on other hosts, and are the majority of the last agreed membership; of
+    two halves, the one without the lowest process.
+    """
+    here = {hosts[process] for process in survivors}
+    lost = set(before.processes) - set(survivors)
+    if not lost or any(hosts[process] in here for process in lost):
+        return False
+    return (len(survivors), min(lost)) < (len(lost), min(survivors))
+
+
 def choose_spare(places: Sequence[int | None], first_spare: int, hosts: Sequence[str], dead: int | None) -> int | None:
     """Give the rank of the spare that follows a dead process: on the same host if there is one, else the lowest."""
     spares = [rank for rank in range(first_spare, len(places)) if places[rank] is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.transport.membership import Membership, reassign
+from dejavu.transport.membership import Membership, is_cut_off, reassign
 
 
 def test_spare_takes_the_place_of_the_dead_and_its_own_stays_vacant():
@@ -47,3 +47,22 @@ def test_places_are_filled_while_there_are_spares(size, num_spares, data):
         membership = after
         if not dead:
             break
+
+
+def test_one_side_of_a_cut_network_stops_and_only_one():
+    hosts = ["a", "a", "a", "b", "b", "b", "c"]
+    whole = Membership.first(7)
+    assert is_cut_off(whole, (6,), hosts)
+    assert not is_cut_off(whole, (0, 1, 2, 3, 4, 5), hosts)
+    for left in ((0, 1, 2), (3, 4, 5, 6), (0, 1, 2, 6)):
+        right = tuple(process for process in range(7) if process not in left)
+        assert is_cut_off(whole, left, hosts) != is_cut_off(whole, right, hosts)
+    halves = Membership(1, whole.places, (0, 1, 2, 3, 4, 5))
+    assert not is_cut_off(halves, (0, 1, 2), hosts)
+    assert is_cut_off(halves, (3, 4, 5), hosts)
+
+
+def test_deaths_on_a_host_are_no_cut_network():
+    hosts = ["a", "a", "a", "b"]
+    assert not is_cut_off(Membership.first(4), (2,), hosts)
+    assert not is_cut_off(Membership.first(4), (0, 1, 2, 3), hosts)
