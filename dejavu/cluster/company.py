@@ -45,9 +45,7 @@ class Rounds:
         lost = self.channel.recover(topology.first_spare)
         membership = self.channel.membership
         if is_cut_off(before, membership.processes, self.channel.process_hosts):
-            raise PeerLostError(
-                "most other ranks are out of reach: this side of a cut network stops"
-            ) from error
+            raise PeerLostError("most other ranks are out of reach: this side of a cut network stops") from error
         self.false_alarms = 0 if lost else self.false_alarms + 1
         if self.false_alarms > MOST_FALSE_ALARMS:
             raise error

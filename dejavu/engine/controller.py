@@ -191,6 +191,8 @@ class Controller:
             detected_s = self.clock.now_s()
             deaths = self.company.reform(error)
             outage = self.failures.begin(deaths, detected_s, self.clock.now_s(), set(self.running))
+            self.note_failures()
+            self.journal.flush()
             try:
                 self.resume(outage)
             except PeerLostError as again:
@@ -213,7 +215,11 @@ class Controller:
         """Tell the user of failures that are over."""
         for line in lines:
             self.announce(line)
-            self.journal.note("failures", [asdict(record) for record in self.failures.records])
+            self.note_failures()
+
+    def note_failures(self) -> None:
+        """Put all failures into the journal, over and not yet over."""
+        self.journal.note("failures", [asdict(record) for record in self.failures.records])
 
     def take_moved(self, rank: int, serial: int) -> None:
         """Take note that a rank has done its part of a hand-over, and when the last piece was there."""
@@ -254,7 +260,6 @@ class Controller:
     def adopt(self, past: Past) -> None:
         """Take over what the journal says: requests in their rows, and those that wait or have not come yet."""
         self.clock = RunClock(past.origin_s)
-        self.failures.records += past.failures
         self.counts.submitted = len(past.requests)
         self.counts.done = len(past.requests) - len(past.unfinished)
         self.counts.tokens = sum(len(progress.completion.token_ids) for progress in past.requests.values())
@@ -269,6 +274,7 @@ class Controller:
                 self.waiting.append(progress.completion)
             else:
                 self.inbox.requests.put(progress.completion.request)
+        self.failures.adopt(past.failures, set(self.running))
 
     def take_over(self, deaths: Sequence[Death], detected_s: float) -> None:
         """Go on where the controller was lost, whose journal was adopted."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import nan
+from math import isnan, nan
 from typing import Literal, Protocol
 
 from dejavu.engine.seating import Repeated, Restored
@@ -60,7 +60,8 @@ def describe(record: FailureRecord, successor: int | None, kept_bytes: int) -> s
     how = "died" if record.kind == "death" else "stood still and was ended"
     who = f"{record.target} (rank {record.rank}) {how}, seen at {record.detected_s:.2f} s"
     if successor is None:
-        return f"{who}: nobody needs to take over, serving went on after {1e3 * record.recovery_s:.0f} ms"
+        whose = "nobody needs to take over" if record.target == "spare" else "its place is taken"
+        return f"{who}: {whose}, serving went on after {1e3 * record.recovery_s:.0f} ms"
     said = [f"rank {successor} takes over", *restoration(record, kept_bytes)]
     return f"{who}: {'; '.join(said)}; serving again after {1e3 * record.recovery_s:.0f} ms"
 
@@ -104,6 +105,12 @@ class FailureBook:
         self.records += records
         self.open.append(outage)
         return outage
+
+    def adopt(self, records: Sequence[FailureRecord], stalled: set[int]) -> None:
+        """Take over the account of a controller that was lost; what was not over for it ends with the next tokens."""
+        self.records += records
+        unfinished = [record for record in records if isnan(record.resumed_s)]
+        self.open += [Outage([record], set(stalled), (None,)) for record in unfinished]
 
     def resume(self, outage: Outage, gathered: Gathered, repeated: Repeated, restored_s: float) -> None:
         """Note what it takes to go on."""
