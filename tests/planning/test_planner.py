@@ -55,7 +55,7 @@ def test_best_is_that_of_brute_force():
     found = plan(TASK)
     assert {each.layout for each in found.ranked} == set(scores)
     assert found.best.score == pytest.approx(max(scores.values()))
-    assert [each.score for each in found.ranked] == sorted(scores.values(), reverse=True)
+    assert [each.score for each in found.ranked] == pytest.approx(sorted(scores.values(), reverse=True), rel=1e-9)
     assert not found.best.reason
     assert all(each.reason for each in found.ranked[1:])
 
