@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -43,7 +43,7 @@ class Measure:
     name: str
     value: Mapping[str, Any]
     paper: float | None = None
-    better: str = "higher"
+    better: Literal["higher", "lower", "neither"] = "higher"
 
     def read(self, tables: Mapping[str, Any]) -> float | None:
         """Give the number from a command's last line; None where no row fits."""
@@ -62,6 +62,8 @@ class Measure:
             return "not measured"
         if self.paper is None:
             return "no number in the paper"
+        if self.better == "neither":
+            return "for comparison"
         reached = measured >= self.paper if self.better == "higher" else measured <= self.paper
         return "at least as good as the paper's" if reached else "behind the paper's"
 

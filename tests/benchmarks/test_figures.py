@@ -43,6 +43,7 @@ def test_verdict_knows_which_way_is_better():
     assert faster.verdict(1.8).startswith("behind")
     assert slower.verdict(1.05).startswith("at least")
     assert slower.verdict(None) == "not measured"
+    assert Measure("a", {}, 1.24, "neither").verdict(9.9) == "for comparison"
 
 
 def test_every_figure_of_the_package_is_whole():
