@@ -81,11 +81,17 @@ def throughput_figure(runs: Mapping[str, Run]) -> Figure:
 
 
 def throughput(steps: Sequence[StepRecord]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Count the rows of token steps that left the last stages: (edges [bins + 1] in s, tokens/s [bins])."""
-    last = {step.stage for step in steps if step.kind != "prompt"}
-    final = max(last, default=0)
-    ends = np.array([step.end_s for step in steps if step.stage == final and step.tp_rank == 0])
-    rows = np.array([step.num_rows for step in steps if step.stage == final and step.tp_rank == 0], dtype=np.float64)
+    """Count the rows of token steps over time: (edges [bins + 1] in s, tokens/s [bins]).
+
+    All stages of a pipeline see the same rows; the one with the most counts: a rank that died took its records along.
+    """
+    seen: dict[int, list[StepRecord]] = {}
+    for step in steps:
+        if step.kind != "prompt" and step.tp_rank == 0:
+            seen.setdefault(step.stage, []).append(step)
+    counted = max(seen.values(), key=lambda found: sum(step.num_rows for step in found), default=[])
+    ends = np.array([step.end_s for step in counted])
+    rows = np.array([step.num_rows for step in counted], dtype=np.float64)
     stop_s = max(step.end_s for step in steps)
     counts, edges = np.histogram(ends, bins=THROUGHPUT_BINS, range=(0.0, max(stop_s, 1e-9)), weights=rows)
     return edges, counts / np.diff(edges)

@@ -44,6 +44,17 @@ def pipeline_sentences(config: Mapping[str, Any]) -> Iterator[str]:
     count = config.get("num_microbatches") or config.get("token_pp") or config["pp"]
     memory = f", KV memory {format_bytes(config['kv_memory'])} a worker" if config.get("kv_memory") else ""
     yield f"{count} microbatch{'es' * (count > 1)} of {config['microbatch_size']} rows{memory}."
+    yield from resilience_sentences(config)
+
+
+def resilience_sentences(config: Mapping[str, Any]) -> Iterator[str]:
+    """Describe swapping, replicas and spares, where there are any."""
+    if config.get("swap"):
+        yield f"Microbatches are swapped: the KV of {config['resident']} at a time is on the device."
+    if config.get("replicate", "off") != "off":
+        yield f"KV is replicated to the next stage's host memory, every {config['replicate_every']} steps."
+    if config.get("spares"):
+        yield f"Spare ranks: {config['spares']}."
 
 
 def stages(pp: int, tp: int) -> str:

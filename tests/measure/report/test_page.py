@@ -59,6 +59,14 @@ def test_page_of_a_run_says_what_happened(tmp_path):
     assert "0 to 5" in text  # layers of stage 0
 
 
+def test_what_guards_a_run_is_said_in_words(tmp_path):
+    options = {"swap": True, "num_microbatches": 3, "replicate": "ring", "spares": 1}
+    text = " ".join(Outline(run_page(read_run(make_run(tmp_path / "run", options=options)))).text)
+    assert "the KV of 2 at a time is on the device" in text
+    assert "every 1 steps" in text
+    assert "Spare ranks: 1." in text
+
+
 def test_page_needs_nothing_from_elsewhere(tmp_path):
     page = run_page(read_run(make_run(tmp_path / "run")))
     assert "<script" not in page

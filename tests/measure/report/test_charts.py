@@ -1,0 +1,22 @@
+import pytest
+
+from dejavu.measure.records import StepRecord
+from dejavu.measure.report.charts import throughput
+
+
+def token_step(stage, index):
+    return StepRecord(stage + 1, stage, 0, 0, index, "token", 2, 2, float(index), index + 0.4, index + 0.5)
+
+
+def test_a_stage_whose_records_are_gone_hides_no_tokens():
+    steps = [token_step(0, index) for index in range(10)] + [token_step(1, index) for index in range(6, 10)]
+    edges, rates = throughput(steps)
+    widths = edges[1:] - edges[:-1]
+    assert (rates * widths).sum() == pytest.approx(20)
+
+
+def test_prompts_are_no_output():
+    step = token_step(0, 1)
+    step.kind = "prompt"
+    _, rates = throughput([step])
+    assert rates.sum() == 0
