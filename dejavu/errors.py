@@ -45,6 +45,10 @@ class PeerLostError(DejavuError):
     """Report a rank that died or stopped answering."""
 
 
+class EndedByPeerError(PeerLostError):
+    """Report that another rank has ended the job; that rank knows why."""
+
+
 class RunLostError(PeerLostError):
     """Report that the run cannot go on in place, and is to be started again from its journal."""
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from dejavu.cluster.launcher import JOB, RUN_DIR, world_rank
-from dejavu.errors import DejavuError, RunLostError
+from dejavu.errors import DejavuError, EndedByPeerError, RunLostError
 from dejavu.measure.run_directory import RunDirectory
 
 PR_SET_PDEATHSIG = 1
 PR_SET_TIMERSLACK = 29
+HEARSAY_S = 0.3  # that a rank leaves to those that know why the job ends: who is first says it
 FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"  # what `mpirun --with-ft ulfm` tells the ranks
 
 
@@ -109,6 +111,8 @@ def refuse(error: BaseException) -> int:
         if result.rank == 0:
             sys.stderr.write(f"{error}\n")  # the supervisor says that it starts the run again
         return result.exit_code
+    if isinstance(error, EndedByPeerError):
+        time.sleep(HEARSAY_S)
     first = record(result)
     report(error, result, first=first, supervised=JOB in os.environ)
     sys.stdout.flush()

@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from dejavu.errors import DeadlineError, PeerLostError
+from dejavu.errors import DeadlineError, EndedByPeerError, PeerLostError
 from dejavu.transport.membership import Membership, reassign
 from dejavu.transport.waiting import Doorbell, Patience, new_job_name
 
@@ -186,7 +186,7 @@ class Channel:
                 f"rank {names} died: look for its last words above, and in `dmesg` for a lack of memory"
             )
         if error.Get_error_class() == MPI.ERR_REVOKED:
-            return PeerLostError("another rank has ended the job: look for its error above")
+            return EndedByPeerError("another rank has ended the job: look for its error above")
         return PeerLostError(f"MPI lost a rank, or failed ({error.Get_error_string()}): look for errors above")
 
     def revoke(self) -> None:
@@ -234,14 +234,14 @@ class Channel:
         comm: MPI.Comm = self.comm
         while True:
             if MPI.COMM_WORLD.Is_revoked():
-                raise PeerLostError("another rank has ended the job: look for its error above")
+                raise EndedByPeerError("another rank has ended the job: look for its error above")
             comm = comm.Shrink()
             assert isinstance(comm, MPI.Intracomm)
             survivors = self.translate(comm.Get_group(), self.comm.Get_group())
             if (verdict := agree(comm, not MPI.COMM_WORLD.Is_revoked())) is not None:
                 break
         if not verdict:
-            raise PeerLostError("another rank has ended the job: look for its error above")
+            raise EndedByPeerError("another rank has ended the job: look for its error above")
         return comm, survivors
 
     def patience(self, what: str, deadline_s: float | None) -> Patience:

@@ -92,8 +92,8 @@ def test_every_request_gets_its_tokens(
     scheduler = Scheduler(num_microbatches, prompt_chunk, max_prompt_tokens, (EOS,), cut_at=cut_at)
     pipeline, seated, outputs = NaivePipeline(), {}, {request_id: [] for request_id in wanted}
     random = Random(seed)
-    for _ in range(3000):
-        action = random.choice(["seat", "work", "answer"] * 10 + ["fail"])
+    for turn in range(6000):
+        action = random.choice(["seat", "work", "answer"] * 10 + ["fail"] * (turn < 1500))
         if action == "seat" and waiting and (admission := table.admit(int(waiting[0].request_id), waiting[0])):
             waiting.popleft()
             seated[admission.serial] = admission
