@@ -169,7 +169,7 @@ def test_without_a_spare_left_the_run_ends_with_who_died(base, tmp_path):
 
 def test_fail_inject_compares_with_a_run_without_failure(tmp_path):
     """Stages that wait instead of computing; the controller and the only stage die."""
-    options = ["--model", "gpt2", "--synthetic", "20,10", "--spares", 2, "--num-requests", 2, "--output-len", 16]
+    options = ["--model", "gpt2", "--synthetic", "20,10", "--spares", 2, "--num-requests", 2, "--output-len", 60]
     faults = ["--kill", "both:0@step=4", "--kill", "controller@t=0.3"]
     done = start("fail-inject", tmp_path / "run", *options, *faults, "--no-progress")
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
