@@ -10,7 +10,7 @@ import click
 import rich_click
 
 from dejavu.errors import UsageError
-from dejavu.measure.run_directory import RUNS
+from dejavu.measure.run_directory import RUNS, locate
 
 if TYPE_CHECKING:
     from dejavu.measure.report.runs import Run
@@ -36,17 +36,12 @@ def command(runs: tuple[Path, ...], list_runs: bool, out: Path | None, as_csv: b
         raise UsageError("no run was named: give a directory, or see `dejavu report --list`")
     from dejavu.measure.report.runs import read_runs
 
-    found = read_runs(find(path) for path in runs)
+    found = read_runs(locate(path) for path in runs)
     if as_csv:
         return print_csv(found)
     if markdown:
         return print_markdown(found)
     return write(found, out, png)
-
-
-def find(path: Path) -> Path:
-    """Take a directory, or a name under results/runs."""
-    return path if path.exists() or path.is_absolute() else RUNS / path
 
 
 def show_list() -> int:

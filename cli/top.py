@@ -10,7 +10,7 @@ from rich.live import Live
 
 from dejavu.cluster.progress import TokenRate, read_status
 from dejavu.errors import UsageError
-from dejavu.measure.run_directory import RUNS, RunDirectory
+from dejavu.measure.run_directory import RUNS, RunDirectory, locate
 from dejavu.measure.top import draw_status
 
 REFRESH_S = 0.25
@@ -46,7 +46,7 @@ def find(run: Path | None) -> Path:
         if newest is None:
             raise UsageError(f"{RUNS} holds no runs: start one, or name its directory")
         return newest.parent
-    path = run if run.exists() or run.is_absolute() else RUNS / run
+    path = locate(run)
     if not (path / "status.json").exists():
         raise UsageError(f"no run at {str(path)!r}: `dejavu report --list` shows those that are there")
     return path

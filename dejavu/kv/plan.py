@@ -265,10 +265,6 @@ class Plan:
         """Count the bytes that move."""
         return sum(transfer.num_bytes for transfer in self.transfers)
 
-    def sent_by(self, rank: int) -> tuple[Transfer, ...]:
-        """Give the transfers from source rank `rank`."""
-        return tuple(transfer for transfer in self.transfers if transfer.source_rank == rank)
-
     def received_by(self, rank: int) -> tuple[Transfer, ...]:
         """Give the transfers to target rank `rank`."""
         return tuple(transfer for transfer in self.transfers if transfer.target_rank == rank)

@@ -134,6 +134,11 @@ class RunDirectory:
         return read_object(self.result_file)
 
 
+def locate(run: Path) -> Path:
+    """Take a run's directory as it is given, or by its name under results/runs."""
+    return run if run.exists() or run.is_absolute() else RUNS / run
+
+
 def make_unique(path: Path) -> Path:
     """Make a directory that was not there: `path`, or the first free one of `path`-2, `path`-3, ..."""
     path.parent.mkdir(parents=True, exist_ok=True)

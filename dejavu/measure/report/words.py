@@ -8,7 +8,7 @@ from dejavu.config import ServeConfig
 from dejavu.measure.failures import FailureRecord
 from dejavu.measure.render import format_bytes, format_seconds
 
-FROM_START_ON = frozenset({"progress", "out", "name"})
+SAID_ELSEWHERE = frozenset({"progress", "out", "name"})
 
 
 def sentences(config: Mapping[str, Any], description: Mapping[str, Any]) -> list[str]:
@@ -80,7 +80,7 @@ def changed_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in config.items()
-        if name not in FROM_START_ON and (name not in defaults or defaults[name] != value)
+        if name not in SAID_ELSEWHERE and (name not in defaults or defaults[name] != value)
     }
 
 
