@@ -55,18 +55,76 @@ __device__ __forceinline__ void meet_cluster() {
 
 constexpr int TURN = 64;  // input channels
 
-// `gate` > 0: the matrix is two, one of `gate` rows above the other, and out = activated(first) * second.
+// `gate` > 0: the matrix is two, one of `gate` rows above the other, and out = activated(first) * second. A NORMED
+// kernel takes the normalisation of x, as add_norm's of tokens.cu; `shift` null: by the root mean square.
 struct Task {
   void* out;
   const Element *x, *weight, *bias, *residual;
   int rows, num_out, num_in, activation, gate, wide;  // wide: out is float32
+  const Element *scale, *shift;
+  float epsilon;
 };
 
-template <int BLOCKS_M, int WARPS_M, int WARPS_K, int STAGES>
+constexpr int PAD = 32;  // elements between two rows of x in shared memory, so that neighbours lie in other banks
+constexpr int CHUNK = 256;  // channels of a warp's read: `num_in` is a multiple where x is normalised
+
+// Normalise x into `to` [rows, num_in + PAD], shared, by all threads of the block; `sums` has room for two floats a
+// chunk. Numbers are added in a fixed order.
+template <int THREADS>
+__device__ __forceinline__ void normalise(const Task& task, Element* to, float* sums) {
+  const int chunks = task.num_in / CHUNK, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int pitch = task.num_in + PAD;
+  float* squares = sums + task.rows * chunks;
+  auto mean_of = [&](const float* parts, int row) {
+    float x = 0.0f;
+    for (int i = 0; i < chunks; i++) x += parts[row * chunks + i];
+    return x / task.num_in;
+  };
+  for (int chunk = warp; chunk < task.rows * chunks; chunk += THREADS / 32) {
+    const int row = chunk / chunks, i = chunk % chunks * CHUNK + lane * 8;
+    const Vector<8> x = load<8>(task.x + u64(row) * task.num_in + i);
+    store<8>(to + row * pitch + i, x);
+    float sum = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 8; e++) sum += widen(x.at[e]);
+    sum = warp_sum(sum);
+    if (lane == 0) sums[chunk] = sum;
+  }
+  __syncthreads();
+  for (int chunk = warp; chunk < task.rows * chunks; chunk += THREADS / 32) {
+    const int row = chunk / chunks, i = chunk % chunks * CHUNK + lane * 8;
+    const float mean = task.shift ? mean_of(sums, row) : 0.0f;
+    const Vector<8> x = load<8>(to + row * pitch + i);
+    float sum = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 8; e++) sum += (widen(x.at[e]) - mean) * (widen(x.at[e]) - mean);
+    sum = warp_sum(sum);
+    if (lane == 0) squares[chunk] = sum;
+  }
+  __syncthreads();
+  for (int chunk = warp; chunk < task.rows * chunks; chunk += THREADS / 32) {
+    const int row = chunk / chunks, i = chunk % chunks * CHUNK + lane * 8;
+    const Vector<8> scale = load<8>(task.scale + i);
+    Vector<8> x = load<8>(to + row * pitch + i), shift;
+    if (task.shift) shift = load<8>(task.shift + i);
+    const float mean = task.shift ? mean_of(sums, row) : 0.0f;
+    const float factor = rsqrtf(mean_of(squares, row) + task.epsilon);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      x.at[e] = narrow((widen(x.at[e]) - mean) * factor * widen(scale.at[e]) +
+                       (task.shift ? widen(shift.at[e]) : 0.0f));
+    }
+    store<8>(to + row * pitch + i, x);
+  }
+  __syncthreads();
+}
+
+template <int BLOCKS_M, int WARPS_M, int WARPS_K, int STAGES, bool NORMED>
 __device__ __forceinline__ void skinny(const Task& task) {
   constexpr int PIECES = BLOCKS_M * 4;  // of 16 bytes, of a thread and turn
   constexpr int THREADS = 32 * WARPS_M * WARPS_K;
-  constexpr int CHANNELS = BLOCKS_M * 16;  // of a warp
+  constexpr int CHANNELS = BLOCKS_M * 16;                                            // of a warp
+  constexpr int AHEAD = NORMED ? 1 : TILES == 1 && THREADS < 512 ? 4 : TILES <= 2 ? 2 : 1;  // turns that x is read ahead
   DYNAMIC_MEMORY(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
   const int warp_m = warp % WARPS_M, warp_k = warp / WARPS_M;
@@ -112,39 +170,64 @@ __device__ __forceinline__ void skinny(const Task& task) {
 #pragma unroll
   for (int turn = 0; turn < STAGES - 1; turn++) fetch(turn);
   release_next();
+  // The first output that this thread is going to write, so that what is added to it is here by then.
+  const int mine_row = (split * THREADS + threadIdx.x) / tile;
+  const int mine_channel = blockIdx.x * tile + (split * THREADS + threadIdx.x) % tile;
+  const bool is_mine = mine_row < task.rows && mine_channel <= last;
+  const u64 mine = u64(mine_row) * task.num_out + mine_channel;
+  const float bias = task.bias && is_mine ? widen(task.bias[mine_channel]) : 0.0f;
   await_previous();
 
-  float sum[BLOCKS_M][TILES][4] = {};
-  int turn = 0;
-  for (int channel = begin; channel < task.num_in; channel += stride, turn++) {
-    fetch(turn + STAGES - 1);
-    uint4 x[TILES][2];
+  constexpr int QUEUES = WARPS_M * WARPS_K * STAGES * PIECES * 512;  // bytes, before the normalised x
+  Element* const normalised = reinterpret_cast<Element*>(memory + QUEUES);
+  const int pitch = NORMED ? task.num_in + PAD : task.num_in;
+  if (NORMED) {
+    normalise<THREADS>(task, normalised, reinterpret_cast<float*>(normalised + task.rows * pitch));
+  }
+  const Element* const source = NORMED ? normalised : task.x;
+  uint4 x[AHEAD][TILES][2];
+  auto read = [&](uint4(&to)[TILES][2], int channel) {
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
       const bool inside = n * 8 + row < task.rows;
-      const Element* from = task.x + u64(n * 8 + row) * task.num_in + channel + quad * 8;
+      const Element* from = source + u64(n * 8 + row) * pitch + channel + quad * 8;
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        x[n][k] = make_uint4(0, 0, 0, 0);
+        to[n][k] = make_uint4(0, 0, 0, 0);
         if (inside && channel + k * 32 + quad * 8 < task.num_in) {
-          x[n][k] = *reinterpret_cast<const uint4*>(from + k * 32);
+          to[n][k] = *reinterpret_cast<const uint4*>(from + k * 32);
         }
       }
     }
-    await_turns<STAGES - 1>();
-    const u32 at = queue + (turn % STAGES) * (PIECES * 512);
+  };
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+  for (int ahead = 0; ahead < AHEAD; ahead++) read(x[ahead], begin + ahead * stride);
+  const float residual = task.residual && is_mine ? widen(task.residual[mine]) : 0.0f;
+
+  float sum[BLOCKS_M][TILES][4] = {};
+  int turn = 0;
+  for (int first_channel = begin; first_channel < task.num_in; first_channel += AHEAD * stride) {
 #pragma unroll
-      for (int m = 0; m < BLOCKS_M; m++) {
-        const uint4 upper = read_shared(at + (m * 4 + k) * 512), lower = read_shared(at + (m * 4 + 2 + k) * 512);
+    for (int ahead = 0; ahead < AHEAD; ahead++, turn++) {
+      const int channel = first_channel + ahead * stride;
+      if (channel >= task.num_in) break;
+      fetch(turn + STAGES - 1);
+      await_turns<STAGES - 1>();
+      const u32 at = queue + (turn % STAGES) * (PIECES * 512);
 #pragma unroll
-        for (int n = 0; n < TILES; n++) {
-          // The order of the input channels is the same on both sides, which is all that a sum asks.
-          multiply(sum[m][n], upper.x, lower.x, upper.y, lower.y, x[n][k].x, x[n][k].y);
-          multiply(sum[m][n], upper.z, lower.z, upper.w, lower.w, x[n][k].z, x[n][k].w);
+      for (int k = 0; k < 2; k++) {
+#pragma unroll
+        for (int m = 0; m < BLOCKS_M; m++) {
+          const uint4 upper = read_shared(at + (m * 4 + k) * 512), lower = read_shared(at + (m * 4 + 2 + k) * 512);
+#pragma unroll
+          for (int n = 0; n < TILES; n++) {
+            // The order of the input channels is the same on both sides, which is all that a sum asks.
+            multiply(sum[m][n], upper.x, lower.x, upper.y, lower.y, x[ahead][n][k].x, x[ahead][n][k].y);
+            multiply(sum[m][n], upper.z, lower.z, upper.w, lower.w, x[ahead][n][k].z, x[ahead][n][k].w);
+          }
         }
       }
+      read(x[ahead], channel + AHEAD * stride);
     }
   }
   await_turns<0>();
@@ -187,14 +270,15 @@ __device__ __forceinline__ void skinny(const Task& task) {
     const int owner = within / (CHANNELS / halves), channel = within % (CHANNELS / halves);
     const int place = halves == 2 ? channel / 16 * 32 + channel % 16 : channel;
     float y = total(r, owner, place);
-    if (task.bias) y += widen(task.bias[out]);
+    const bool is_first = index == split * THREADS + threadIdx.x;
+    if (task.bias) y += is_first ? bias : widen(task.bias[out]);
     y = activated(y, task.activation);
     if (halves == 2) {
       const float up = total(r, owner, place + 16);
       y *= up + (task.bias ? widen(task.bias[task.gate + out]) : 0.0f);
     }
     const u64 to = u64(r) * task.num_out + out;
-    if (task.residual) y += widen(task.residual[to]);
+    if (task.residual) y += is_first ? residual : widen(task.residual[to]);
     if (task.wide) {
       reinterpret_cast<float*>(task.out)[to] = y;
     } else {
@@ -204,12 +288,22 @@ __device__ __forceinline__ void skinny(const Task& task) {
   if (splits > 1) meet_cluster();  // until all have read this block's sums
 }
 
-#define VARIANT(name, blocks_m, warps_m, warps_k, stages)                                                            \
-  extern "C" __global__ void __launch_bounds__(32 * warps_m * warps_k)                                               \
+#define KERNEL(name, blocks_m, warps_m, warps_k, stages, normed)                                                       \
+  extern "C" __global__ void                                                                                         \
+      __launch_bounds__(32 * warps_m * warps_k, blocks_m == 1 && warps_m * warps_k <= 8 ? 3 : 2)                       \
       name(void* out, const Element* x, const Element* weight, const Element* bias, const Element* residual, int rows, \
-           int num_out, int num_in, int activation, int gate, int wide) {                                            \
-    skinny<blocks_m, warps_m, warps_k, stages>(                                                                      \
-        Task{out, x, weight, bias, residual, rows, num_out, num_in, activation, gate, wide});                        \
+           int num_out, int num_in, int activation, int gate, int wide, const Element* scale, const Element* shift,  \
+           float epsilon) {                                                                                          \
+    skinny<blocks_m, warps_m, warps_k, stages, normed>(Task{out, x, weight, bias, residual, rows, num_out, num_in,   \
+                                                            activation, gate, wide, scale, shift, epsilon});         \
   }
+
+#if TILES == 1
+#define VARIANT(name, blocks_m, warps_m, warps_k, stages)      \
+  KERNEL(name, blocks_m, warps_m, warps_k, stages, false)      \
+  KERNEL(name##_normed, blocks_m, warps_m, warps_k, stages, true)
+#else
+#define VARIANT(name, blocks_m, warps_m, warps_k, stages) KERNEL(name, blocks_m, warps_m, warps_k, stages, false)
+#endif
 
 VARIANTS

@@ -20,20 +20,32 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// out[t, i] = activated(x[t, i] + bias[i]) * (gated ? x[t, width + i] + bias[width + i] : 1); 8 elements a thread
+// out[t, i] = activated(x[t, i]) * (gated ? x[t, width + i] : 1), SIZE of them a thread
+template <int SIZE>
+__device__ __forceinline__ void activate_vector(Element* out, const Element* x, int width, int gated, int activation) {
+  const int i = (blockIdx.x * THREADS + threadIdx.x) * SIZE;
+  if (i >= width) return;
+  const u64 token = blockIdx.y;
+  const Element* row = x + token * width * (gated ? 2 : 1) + i;
+  const Vector<SIZE> first = load<SIZE>(row);
+  Vector<SIZE> second, y;
+  if (gated) second = load<SIZE>(row + width);
+#pragma unroll
+  for (int e = 0; e < SIZE; e++) {
+    y.at[e] = narrow(activated(widen(first.at[e]), activation) * (gated ? widen(second.at[e]) : 1.0f));
+  }
+  store<SIZE>(out + token * width + i, y);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
-    activate(Element* out, const Element* x, const Element* bias, int width, int gated, int activation) {
+    activate(Element* out, const Element* x, int width, int gated, int activation) {
   release_next();
   await_previous();
-  const u64 token = blockIdx.y;
-  const Element* row = x + token * width * (gated ? 2 : 1);
-  const int begin = (blockIdx.x * THREADS + threadIdx.x) * 8;
-#pragma unroll
-  for (int i = begin; i < begin + 8; i++) {
-    if (i >= width) return;
-    float y = activated(widen(row[i]) + (bias ? widen(bias[i]) : 0.0f), activation);
-    if (gated) y *= widen(row[width + i]) + (bias ? widen(bias[width + i]) : 0.0f);
-    out[token * width + i] = narrow(y);
+  constexpr int MOST = 16 / int(sizeof(Element));
+  if (width % MOST == 0) {
+    activate_vector<MOST>(out, x, width, gated, activation);
+  } else {
+    activate_vector<1>(out, x, width, gated, activation);
   }
 }
 
@@ -41,9 +53,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 constexpr int SIZE = vector_size(HIDDEN);
 constexpr int VECTORS = (HIDDEN / SIZE + NORM_THREADS - 1) / NORM_THREADS;  // of one thread
 
-__device__ __forceinline__ float block_sum(float x, float* shared) {
+__device__ __forceinline__ float block_sum(float x, float (&shared)[NORM_THREADS / 32]) {  // `shared` for this sum alone
   x = warp_sum(x);
-  __syncthreads();  // the sum before this one has been read
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   __syncthreads();
   float total = 0.0f;
@@ -58,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     add_norm(Element* out, Element* hidden, const Element* partial, const Element* bias, const Element* weight,
              const Element* shift, float epsilon) {
   release_next();
-  __shared__ float shared[NORM_THREADS / 32];
+  __shared__ float sums[NORM_THREADS / 32], square_sums[NORM_THREADS / 32];
   Vector<SIZE> scales[VECTORS], shifts[VECTORS];
 #pragma unroll
   for (int v = 0; v < VECTORS; v++) {
@@ -96,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 #ifdef RMS
   const float mean = 0.0f;
 #else
-  const float mean = block_sum(sum, shared) / HIDDEN;
+  const float mean = block_sum(sum, sums) / HIDDEN;
 #endif
   float squares = 0.0f;
 #pragma unroll
@@ -105,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 #pragma unroll
     for (int e = 0; e < SIZE; e++) squares += (x[v][e] - mean) * (x[v][e] - mean);
   }
-  const float factor = rsqrtf(block_sum(squares, shared) / HIDDEN + epsilon);
+  const float factor = rsqrtf(block_sum(squares, square_sums) / HIDDEN + epsilon);
 #pragma unroll
   for (int v = 0; v < VECTORS; v++) {
     const int i = (threadIdx.x + v * NORM_THREADS) * SIZE;

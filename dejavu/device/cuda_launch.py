@@ -29,21 +29,21 @@ class KernelModule:
         texts = [data_path("kernels", file).read_text() for file in ("element.cuh", f"{name}.cu")]
         self._module = load_module(name, lines + "\n".join(texts), architecture)
 
-    def kernel(self, function: str, shared_bytes: int = 0) -> Kernel:
-        """Give a kernel, which may take up to `shared_bytes` of dynamic shared memory."""
-        return Kernel(call(driver.cuModuleGetFunction, self._module, function.encode()), shared_bytes)
+    def kernel(self, function: str, most_shared_bytes: int = 0) -> Kernel:
+        """Give a kernel, which may take up to `most_shared_bytes` of dynamic shared memory."""
+        return Kernel(call(driver.cuModuleGetFunction, self._module, function.encode()), most_shared_bytes)
 
 
 class Kernel:
     """Launch one function. Every kernel of `kernels/` that this launches waits for those before it by itself."""
 
-    __slots__ = ("_function", "_shared_bytes")
+    __slots__ = ("_function",)
 
-    def __init__(self, function: Any, shared_bytes: int) -> None:
-        self._function, self._shared_bytes = function, shared_bytes
-        if shared_bytes > _PLAIN_SHARED_BYTES:
+    def __init__(self, function: Any, most_shared_bytes: int) -> None:
+        self._function = function
+        if most_shared_bytes > _PLAIN_SHARED_BYTES:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            call(driver.cuFuncSetAttribute, function, attribute, shared_bytes)
+            call(driver.cuFuncSetAttribute, function, attribute, most_shared_bytes)
 
     def launch(
         self,
@@ -52,6 +52,7 @@ class Kernel:
         arguments: Sequence[Tensor | float | None],
         *,
         stream: int,
+        shared_bytes: int = 0,
         overlaps: bool = False,
         cluster: int = 1,
     ) -> None:
@@ -64,24 +65,12 @@ class Kernel:
         start = ctypes.addressof(words)
         pointers = (ctypes.c_void_p * len(arguments))(*[start + i * _WORD for i in range(len(arguments))])
         address = ctypes.addressof(pointers)
-        size = (*grid, 1, num_threads, 1, 1)
+        size = (*grid, 1, num_threads, 1, 1, shared_bytes)
         if overlaps or cluster > 1:
-            call(driver.cuLaunchKernelEx, self._config(size, stream, overlaps, cluster), self._function, address, 0)
+            attributes = ([_overlap()] if overlaps else []) + ([_cluster(cluster)] if cluster > 1 else [])
+            call(driver.cuLaunchKernelEx, _config(size, stream, attributes), self._function, address, 0)
         else:
-            call(driver.cuLaunchKernel, self._function, *size, self._shared_bytes, stream, address, 0)
-
-    def _config(self, size: tuple[int, ...], stream: int, overlaps: bool, cluster: int) -> Any:
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = size[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = size[3:]
-        config.sharedMemBytes = self._shared_bytes
-        config.hStream = driver.CUstream(stream)
-        attributes = [_overlap()] if overlaps else []
-        if cluster > 1:
-            attributes.append(_cluster(cluster))
-        config.attrs = attributes
-        config.numAttrs = len(attributes)
-        return config
+            call(driver.cuLaunchKernel, self._function, *size, stream, address, 0)
 
 
 def _word(argument: Tensor | float | None) -> int:
@@ -92,6 +81,16 @@ def _word(argument: Tensor | float | None) -> int:
     if isinstance(argument, float):
         return int.from_bytes(struct.pack("<f", argument), "little")
     return int(argument.data_ptr())
+
+
+def _config(size: tuple[int, ...], stream: int, attributes: list[Any]) -> Any:
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = size[:3]
+    config.blockDimX, config.blockDimY, config.blockDimZ, config.sharedMemBytes = size[3:]
+    config.hStream = driver.CUstream(stream)
+    config.attrs = attributes
+    config.numAttrs = len(attributes)
+    return config
 
 
 def _overlap() -> Any:

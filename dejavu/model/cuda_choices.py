@@ -14,6 +14,8 @@ from pathlib import Path
 
 from dejavu.assets import cache_dir
 
+NORM_CHUNK = 256  # channels: a divisor of the input's, where the kernel normalises it
+_PAD = 32  # elements between rows of the normalised input
 _TURN_BYTES = 512 * 4  # of shared memory, of 16 output channels, a warp and turn
 
 
@@ -26,15 +28,17 @@ class Variant:
     warps_k: int
     stages: int
     splits: int = 1
+    normed: bool = False  # takes its input's normalisation along
 
     @property
     def function(self) -> str:
         """Give the kernel's name."""
-        return f"skinny_{self.blocks_m}_{self.warps_m}_{self.warps_k}_{self.stages}"
+        shape = f"skinny_{self.blocks_m}_{self.warps_m}_{self.warps_k}_{self.stages}"
+        return f"{shape}_normed" if self.normed else shape
 
     @property
     def source(self) -> str:
-        """Give the line that makes the kernel."""
+        """Give the line that makes the kernel, and for few rows its twin that normalises."""
         return f"VARIANT({self.function}, {self.blocks_m}, {self.warps_m}, {self.warps_k}, {self.stages})"
 
     @property
@@ -43,9 +47,15 @@ class Variant:
         return 32 * self.warps_m * self.warps_k
 
     @property
-    def shared_bytes(self) -> int:
-        """Give the bytes of shared memory of a block."""
+    def queue_bytes(self) -> int:
+        """Give the bytes of shared memory that hold weights copied ahead."""
         return self.warps_m * self.warps_k * self.stages * self.blocks_m * _TURN_BYTES
+
+    def shared_bytes(self, num_rows: int, num_in: int, itemsize: int) -> int:
+        """Give the bytes of shared memory of a block: the queue and, where it normalises, its input and sums."""
+        if not self.normed:
+            return self.queue_bytes
+        return self.queue_bytes + num_rows * ((num_in + _PAD) * itemsize + 8 * num_in // NORM_CHUNK)
 
     @property
     def channels(self) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 THREADS = 256  # of the kernels of tokens.cu but add_norm
 ATTENTION_THREADS = 128
-ACTIVATED_BY_THREAD = 8
+VECTOR_BYTES = 16
 HEADS_TOGETHER = 4  # query heads that one block of `attend` takes
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _TYPES: Mapping[torch.dtype, Literal["FLOAT16", "BFLOAT16", "FLOAT32"]] = {
@@ -53,7 +53,7 @@ class StepInputs:
     token_ids: Tensor
     context: Tensor
     table_starts: Tensor
-    items: Tensor
+    longest: Tensor
     tables: Tensor
 
 
@@ -120,8 +120,9 @@ class Operations:
         Where the model's FFN is not gated, `out` may be `x`.
         """
         width = out.shape[1]
-        grid = -(-width // (THREADS * ACTIVATED_BY_THREAD)), len(out)
-        arguments = (out, x, None, width, int(self.spec.gated_ffn), self.activation)
+        size = VECTOR_BYTES // self.dtype.itemsize
+        grid = -(-width // (THREADS * (1 if width % size else size))), len(out)
+        arguments = (out, x, width, int(self.spec.gated_ffn), self.activation)
         self._launch("activate", grid, THREADS, arguments, overlaps)
 
     def append(self, qkv: Tensor, pool: Tensor, positions: Tensor, slots: Tensor, layer: int) -> None:
@@ -136,14 +137,14 @@ class Operations:
     ) -> None:
         """Append a token step's K and V to the pool and attend from its queries, rotated: out [rows, heads * dim].
 
-        `partials` is float32 [items, heads, head_dim + 2]; `arrivals` int32, zeros, one per row and block of the
-        grid's first dimension.
+        `partials` is float32 [items, heads, head_dim + 2], for the most items that the step's `longest` allows;
+        `arrivals` int32 zeros [rows, attention_blocks].
         """
         kernel = self._attend_kernel(pool.shape[3])
-        words = (inputs.context, inputs.table_starts, inputs.tables, inputs.items)
+        words = (inputs.context, inputs.table_starts, inputs.tables, inputs.longest)
         parts = (self.rotation, self.slopes, partials, arrivals)
-        arguments = (out, qkv, pool, *words, *parts, layer, self.scale)
-        grid = self.attention_blocks, len(inputs.items)
+        arguments = (out, qkv, pool, *words, *parts, len(out), layer, self.scale)
+        grid = self.attention_blocks, len(partials)
         stream = current_stream(self.device)
         kernel.launch(grid, ATTENTION_THREADS, arguments, stream=stream, overlaps=True)
 

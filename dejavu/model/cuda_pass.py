@@ -72,12 +72,13 @@ class StageParts:
 
 def layer_parts(spec: ModelSpec, layer: DecoderLayer, activation: int) -> LayerParts:
     """Take a layer's parts, with the FFN's activation behind its first product."""
-    ffn_in = Product("ffn_in", layer.ffn_in, activation, spec.gated_ffn)
+    norms = (layer.norm1, layer.norm2) if spec.norm_first else (None, None)
+    ffn_in = Product("ffn_in", layer.ffn_in, activation, spec.gated_ffn, norms[1])
     return LayerParts(
         layer.index,
         layer.norm1,
         layer.norm2,
-        Product("qkv", layer.qkv),
+        Product("qkv", layer.qkv, norm=norms[0]),
         Product("out", layer.out),
         ffn_in,
         Product("ffn_out", layer.ffn_out),
@@ -96,12 +97,12 @@ class StagePass(ABC):
         self._overlaps = True  # whether the next kernel may begin before the one in front of it has ended
 
     @abstractmethod
-    def multiply(self, product: Product, x: Tensor) -> Tensor:
-        """Give x times a matrix, with its bias, without activation: [tokens, the matrix's channels]."""
+    def enter(self, product: Product) -> Tensor:
+        """Give `hidden`, normalised where the product says so, times a matrix: [tokens, channels]."""
 
     @abstractmethod
-    def feed(self, product: Product, x: Tensor) -> Tensor:
-        """Give the activation of x times a matrix: [tokens, ffn]."""
+    def feed(self, product: Product) -> Tensor:
+        """Give what `enter` does, activated: [tokens, ffn]."""
 
     @abstractmethod
     def add(self, product: Product, x: Tensor) -> None:
@@ -118,13 +119,12 @@ class StagePass(ABC):
     def run_layers(self, layer_done: Callable[[int], None] | None = None) -> None:
         """Run all layers; `layer_done` is called with a layer's number in the model when its K and V are queued."""
         for layer in self.parts.layers:
-            attended = self.attend(layer.index, self.multiply(layer.qkv, self._before(layer.norm1)))
+            attended = self.attend(layer.index, self.enter(layer.qkv))
             if layer_done is not None:
                 layer_done(self.parts.shard.first_layer + layer.index)
             self.add(layer.out, attended)
             self._after(layer.norm1)
-            fed = self.feed(layer.ffn_in, self._before(layer.norm2))
-            self.add(layer.ffn_out, fed)
+            self.add(layer.ffn_out, self.feed(layer.ffn_in))
             self._after(layer.norm2)
 
     def settle(self) -> None:
@@ -138,15 +138,16 @@ class StagePass(ABC):
         self._add_norm(out, norm)
         return out
 
+    def entered(self, product: Product) -> Tensor:
+        """Give the input of a product, normalised by a kernel of its own."""
+        return self.hidden if product.norm is None else self.norm(product.norm)
+
     def reduced(self, partial: Tensor) -> None:
         """Sum over the tensor group, and leave the sum pending."""
         if self.parts.all_reduce is not None:
             self.parts.all_reduce(partial)
             self._overlaps = False  # it may end with a copy, behind which no kernel can begin early
         self.pending = partial
-
-    def _before(self, norm: Norm) -> Tensor:
-        return self.norm(norm) if self.parts.spec.norm_first else self.hidden
 
     def _after(self, norm: Norm) -> None:
         if not self.parts.spec.norm_first:

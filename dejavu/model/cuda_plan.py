@@ -1,13 +1,12 @@
-"""Lay out what the host tells the device before a pass, and cut token rows into items: pure arithmetic on numpy.
+"""Lay out what the host tells the device before a pass: pure arithmetic on numpy.
 
 A token step of `num_rows` rows (the batch's, padded) reads int32 words in this order; the kernels' arguments are views
-of them. A padded row has context -1 and no items, so nothing is read or stored for it.
+of them. A padded row has context -1, so nothing is read or stored for it.
 
-    token_ids [num_rows]   context [num_rows]   table_starts [num_rows]   items [num_items, 4]   tables [...]
+    token_ids [num_rows]   context [num_rows]   table_starts [num_rows]   longest [1]   tables [...]
 
-`tables` holds the block ids of all rows one after the other, `table_starts` where each row's begin. An item is
-(row, start, stop, first | count << 16): tokens [start, stop) of a row, which is cut into `count` items from `first` on;
-items that are not used have row -1.
+`tables` holds the block ids of all rows one after the other, `table_starts` where each row's begin. The attention
+kernel cuts rows into items of at most `longest` tokens, which is chosen so that there are at most `num_items`.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from numpy.typing import NDArray
 
 from dejavu.model.batch import Batch
 
-ITEM_WORDS = 4
 SHORTEST_ITEM = 64  # tokens: below that, adding the parts costs more than a part
-MOST_KEPT = 1024  # tables and cuts, of as many batches
+MOST_TABLES = 1024  # batches whose tables are kept
 
 Words = NDArray[np.int32]
 
@@ -35,14 +33,9 @@ class StepLayout:
     table_words: int
 
     @property
-    def items_start(self) -> int:
-        """Give the first word of the items, which is a multiple of 4: kernels read an item at once."""
-        return -(-3 * self.num_rows // ITEM_WORDS) * ITEM_WORDS
-
-    @property
     def tables_start(self) -> int:
         """Give the first word of the tables."""
-        return self.items_start + ITEM_WORDS * self.num_items
+        return 3 * self.num_rows + 1
 
     @property
     def num_words(self) -> int:
@@ -67,47 +60,10 @@ class BlockTables:
         sizes = np.array([len(row) for row in blocks])
         starts = (np.cumsum(sizes) - sizes).astype(np.int32)
         tables = np.array([block for row in blocks for block in row], dtype=np.int32)
-        if len(self._known) > MOST_KEPT:
+        if len(self._known) > MOST_TABLES:
             self._known.clear()
         self._known[key] = [list(row) for row in blocks], starts, tables
         return starts, tables
-
-
-class ItemCutter:
-    """Cut rows into at most `num_items` items of nearly one length.
-
-    What stays as long as every row has as many items as before is kept.
-    """
-
-    __slots__ = ("_known", "_num_items")
-
-    def __init__(self, num_items: int) -> None:
-        self._num_items = num_items
-        self._known: dict[bytes, tuple[Words, NDArray[np.int64], NDArray[np.int64]]] = {}
-
-    def cut(self, lengths: NDArray[np.int64]) -> Words:
-        """Give the items of rows of `lengths` tokens, int32 [num_items, 4]: the cutter's, until it cuts again."""
-        longest = longest_item(int(lengths.sum()), len(lengths), self._num_items)
-        counts = -(-lengths // longest)
-        key = counts.tobytes()
-        if key not in self._known:
-            if len(self._known) > MOST_KEPT:
-                self._known.clear()
-            self._known[key] = self._make(counts)
-        items, rows, places = self._known[key]
-        each = -(-lengths // counts)  # even parts of a row
-        starts, steps = places * each[rows], each[rows]
-        items[: len(rows), 1] = starts
-        items[: len(rows), 2] = np.minimum(starts + steps, lengths[rows])
-        return items
-
-    def _make(self, counts: NDArray[np.int64]) -> tuple[Words, NDArray[np.int64], NDArray[np.int64]]:
-        rows = np.repeat(np.arange(len(counts)), counts)
-        firsts = np.cumsum(counts) - counts
-        items = np.full((self._num_items, ITEM_WORDS), -1, dtype=np.int32)
-        items[: len(rows), 0] = rows
-        items[: len(rows), 3] = firsts[rows] | counts[rows] << 16
-        return items, rows, np.arange(len(rows)) - firsts[rows]
 
 
 def longest_item(num_tokens: int, num_rows: int, num_items: int) -> int:
@@ -116,15 +72,14 @@ def longest_item(num_tokens: int, num_rows: int, num_items: int) -> int:
     return max(SHORTEST_ITEM, -(-num_tokens // (num_items - num_rows)))  # each row's last item may be nearly empty
 
 
-def write_step(layout: StepLayout, batch: Batch, tables: BlockTables, cutter: ItemCutter, words: Words) -> int:
+def write_step(layout: StepLayout, batch: Batch, tables: BlockTables, words: Words) -> int:
     """Write a token step's words, but for the token ids, and give how many there are."""
     num_rows, given = layout.num_rows, batch.num_rows
-    context = np.array(batch.context)
     starts, blocks = tables.arrays(batch.blocks)
-    words[num_rows : num_rows + given] = context
+    words[num_rows : num_rows + given] = batch.context
     words[num_rows + given : 2 * num_rows] = -1
     words[2 * num_rows : 2 * num_rows + given] = starts
-    words[layout.items_start : layout.tables_start] = cutter.cut(context + 1).ravel()
+    words[layout.tables_start - 1] = longest_item(sum(batch.context) + given, given, layout.num_items)
     stop = layout.tables_start + len(blocks)
     assert stop <= layout.num_words, "the tables' room is that of the longest rows"
     words[layout.tables_start : stop] = blocks

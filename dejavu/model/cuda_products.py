@@ -8,33 +8,34 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dejavu.assets import data_path
-from dejavu.model.cuda_choices import Variant, agree, recall
-from dejavu.model.cuda_operations import compile_module, current_stream, type_definition
-from dejavu.model.layers import Linear
+from dejavu.model.cuda_choices import NORM_CHUNK, Variant, agree, recall
+from dejavu.model.cuda_operations import ACTIVATIONS, Operations, compile_module, current_stream, type_definition
+from dejavu.model.layers import LayerNorm, Linear, Norm
 
 if TYPE_CHECKING:
     from dejavu.device.cuda_launch import Kernel
 
 MOST_ROWS = 32  # of the kernel
 ROWS_OF_TILE = 8
+MOST_NORM_BYTES = 40 << 10
 _TRIALS = 3
 _TRIED_LAYERS = 6  # so that no weights are in the cache when their turn comes
 
 
 SHAPES = (
+    Variant(1, 1, 4, 6),
     Variant(1, 1, 8, 4),
+    Variant(1, 1, 16, 2),
+    Variant(1, 2, 8, 3),
     Variant(2, 1, 8, 3),
     Variant(2, 2, 4, 3),
-    Variant(2, 4, 2, 3),
-    Variant(1, 4, 2, 4),
-    Variant(4, 1, 4, 3),
 )
 SPLITS = (1, 2, 3, 4)
 
@@ -44,12 +45,14 @@ class Product:
     """Hold what one matrix of a layer does to its input: out = activation(x . weight + bias) (+ residual).
 
     `name` is the same for all layers. Where `gated`, out has half the matrix's channels: activation(first) * second.
+    `norm` is that of the input, where one comes right before the product.
     """
 
     name: str
     linear: Linear
     activation: int = 0
     gated: bool = False
+    norm: Norm | None = None
 
     @property
     def num_out(self) -> int:
@@ -60,8 +63,8 @@ class Product:
 class Products:
     """Multiply, by the way that was found fastest."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(self, operations: Operations) -> None:
+        self.operations, self.dtype, self.device = operations, operations.dtype, operations.device
         self.chosen: dict[tuple[str, int], Variant | None] = {}  # None: cuBLAS
         self.times_us: dict[tuple[str, int], dict[Variant | None, float]] = {}
         self._kernels: dict[int, dict[str, Kernel]] = {}
@@ -70,20 +73,26 @@ class Products:
         """Tell whether activation and residual are part of the product for so many rows."""
         return self.chosen.get((product.name, num_rows)) is not None
 
-    def run(self, product: Product, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        """Multiply x [rows, in]; `out` may be float32. The activation and `residual` only where `fuses` says so."""
+    def normalises(self, product: Product, num_rows: int) -> bool:
+        """Tell whether the product normalises its input for so many rows."""
+        variant = self.chosen.get((product.name, num_rows))
+        return variant is not None and variant.normed
+
+    def run(self, product: Product, x: Tensor, out: Tensor, residual: Tensor | None, normed: bool = False) -> None:
+        """Multiply x [rows, in]; `out` may be float32. The activation and `residual` only where `fuses` says so.
+
+        `normed`: x has still to be normalised, where `normalises` says so.
+        """
         variant = self.chosen.get((product.name, len(x)))
         if variant is not None:
-            self._launch(variant, product, x, out, residual)
+            self._launch(replace(variant, normed=normed), product, x, out, residual)
             return
         assert residual is None, "cuBLAS's sum goes to the normalisation, which adds it"
+        assert not normed, "cuBLAS takes a normalised input"
         multiply(product.linear, x, out)
 
     def choose(self, alike: Sequence[Product], num_rows: int, num_out_bytes: int) -> None:
-        """Time every way for `alike`, one product of each layer; keep the fastest.
-
-        cuBLAS is charged for nothing but the product, though it leaves activation and residual to other kernels.
-        """
+        """Time every way for `alike`, one product of each layer, with its norm and activation; keep the fastest."""
         first = alike[0]
         if (first.name, num_rows) in self.chosen:
             return
@@ -101,7 +110,7 @@ class Products:
 
     def _key(self, product: Product, num_rows: int) -> tuple[object, ...]:
         kernel = data_path("kernels", "skinny.cu").read_text(), SHAPES, SPLITS, torch.__version__
-        flags = product.activation, product.gated, product.linear.bias is not None
+        flags = product.activation, product.gated, product.norm is not None, product.linear.bias is not None
         device = torch.cuda.get_device_name(self.device)
         return *kernel, device, str(self.dtype), tuple(product.linear.weight.shape), *flags, num_rows
 
@@ -110,27 +119,40 @@ class Products:
         if self.dtype == torch.float32 or num_rows > MOST_ROWS or num_in % 8 or product.linear.weight.numel() == 0:
             return []
         shapes = [s for s in SHAPES if not (product.gated and s.blocks_m % 2)]
-        return [
-            Variant(s.blocks_m, s.warps_m, s.warps_k, s.stages, splits)
-            for s in shapes
+        variants = [
+            replace(shape, splits=splits)
+            for shape in shapes
             for splits in SPLITS
-            if splits == 1 or num_in >= 64 * s.warps_k * splits * 2
+            if splits == 1 or num_in >= 64 * shape.warps_k * splits * 2
         ]
+        return variants + [replace(v, normed=True) for v in variants if self._can_normalise(v, product, num_rows)]
+
+    def _can_normalise(self, variant: Variant, product: Product, num_rows: int) -> bool:
+        num_in = product.linear.weight.shape[1]
+        fits = num_rows <= ROWS_OF_TILE and num_rows * num_in * self.dtype.itemsize <= MOST_NORM_BYTES
+        return product.norm is not None and variant.splits == 1 and num_in % NORM_CHUNK == 0 and fits
 
     def _time(self, variant: Variant | None, alike: Sequence[Product], num_rows: int, num_out_bytes: int) -> float:
         """Give the microseconds of one product, over the layers' own weights in turn."""
         first = alike[0]
         x = torch.randn(num_rows, first.linear.weight.shape[1], device=self.device, dtype=self.dtype)
-        out_dtype = torch.float32 if num_out_bytes == 4 else self.dtype
-        num_out = first.num_out if variant is not None else first.linear.weight.shape[0]
-        out = torch.empty(num_rows, num_out, device=self.device, dtype=out_dtype)
+        wide = torch.float32 if num_out_bytes == 4 else self.dtype
+        sums = torch.empty(num_rows, first.linear.weight.shape[0], device=self.device, dtype=wide)
+        out = torch.empty(num_rows, first.num_out, device=self.device, dtype=wide)
+        normalised = torch.empty_like(x)
 
         def once() -> None:
             for product in alike[:_TRIED_LAYERS]:
-                if variant is None:
-                    multiply(product.linear, x, out)
-                else:
+                if product.norm is not None and not (variant and variant.normed):
+                    self.operations.add_norm(normalised, x, None, product.norm, True)
+                if variant is not None:
                     self._launch(variant, product, x, out, None)
+                elif can_activate(product):
+                    multiply_activated(product, x, out)
+                else:
+                    multiply(product.linear, x, sums)
+                    if product.activation:
+                        self.operations.activate(out, sums, True)
 
         return 1e3 * graph_ms(once, self.device) / len(alike[:_TRIED_LAYERS])
 
@@ -140,12 +162,15 @@ class Products:
         grid = -(-product.num_out // channels), variant.splits
         sizes = (len(x), product.num_out, weight.shape[1])
         flags = (product.activation, product.num_out if product.gated else 0, int(out.dtype == torch.float32))
-        arguments = (out, x, weight, product.linear.bias, residual, *sizes, *flags)
+        norm = product.norm
+        scale, shift = (norm.weight if norm else None), (norm.bias if isinstance(norm, LayerNorm) else None)
+        values = (scale, shift, float(norm.eps if norm else 0.0))
         self._kernel(variant, -(-len(x) // ROWS_OF_TILE)).launch(
             grid,
             variant.num_threads,
-            arguments,
+            (out, x, weight, product.linear.bias, residual, *sizes, *flags, *values),
             stream=current_stream(self.device),
+            shared_bytes=variant.shared_bytes(len(x), weight.shape[1], self.dtype.itemsize),
             overlaps=True,
             cluster=variant.splits,
         )
@@ -155,7 +180,10 @@ class Products:
             lines = " ".join(shape.source for shape in SHAPES)
             definitions = type_definition(self.dtype) | {"TILES": tiles, "VARIANTS": lines}
             module = compile_module("skinny", self.device, definitions)
-            self._kernels[tiles] = {s.function: module.kernel(s.function, s.shared_bytes) for s in SHAPES}
+            most = MOST_NORM_BYTES * 9 // 8  # with what lies between rows, and the sums
+            self._kernels[tiles] = {s.function: module.kernel(s.function, s.queue_bytes) for s in SHAPES}
+            for shape in [replace(s, normed=True) for s in SHAPES if tiles == 1]:
+                self._kernels[tiles][shape.function] = module.kernel(shape.function, shape.queue_bytes + most)
         return self._kernels[tiles][variant.function]
 
 
@@ -168,6 +196,19 @@ def multiply(linear: Linear, x: Tensor, out: Tensor) -> None:
         torch.mm(x, weight, out=out)
     else:
         torch.addmm(linear.bias, x, weight, out=out)
+
+
+def can_activate(product: Product) -> bool:
+    """Tell whether cuBLAS can add the bias and activate behind the product."""
+    activated = product.activation in (ACTIVATIONS["relu"], ACTIVATIONS["gelu_tanh"])
+    return activated and product.linear.bias is not None and not product.gated
+
+
+def multiply_activated(product: Product, x: Tensor, out: Tensor) -> None:
+    """Multiply by cuBLAS with the activation behind it into `out` [rows, out]."""
+    use_gelu = product.activation == ACTIVATIONS["gelu_tanh"]
+    bias, weight = product.linear.bias, product.linear.weight
+    torch.ops.aten._addmm_activation.out(bias, x, weight.t(), use_gelu=use_gelu, out=out)
 
 
 def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:

@@ -13,10 +13,9 @@ from dejavu.model.attention import TorchAttention
 from dejavu.model.batch import Batch
 from dejavu.model.cuda_pass import StageParts, StagePass
 from dejavu.model.cuda_plan import PromptPlan, plan_prompts
-from dejavu.model.cuda_products import Product, multiply
+from dejavu.model.cuda_products import Product, can_activate, multiply, multiply_activated
 
 FLASH_TYPES = (torch.float16, torch.bfloat16)
-_RELU, _GELU_TANH = 1, 3  # that cuBLAS can do behind a product
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -50,15 +49,18 @@ class PromptPass(StagePass):
         multiply(product.linear, x, out)
         return out
 
-    def feed(self, product: Product, x: Tensor) -> Tensor:
+    def enter(self, product: Product) -> Tensor:
+        """Normalise, then multiply."""
+        return self.multiply(product, self.entered(product))
+
+    def feed(self, product: Product) -> Tensor:
         """Let cuBLAS activate where it can."""
-        weight, bias = product.linear.weight, product.linear.bias
-        if bias is not None and product.activation in (_RELU, _GELU_TANH) and not product.gated:
-            use_gelu = product.activation == _GELU_TANH
-            return torch._addmm_activation(bias, x, weight.t(), use_gelu=use_gelu)
-        y = self.multiply(product, x)
-        out = y.new_empty(len(y), product.num_out) if product.gated else y
-        self.operations.activate(out, y, False)
+        x = self.entered(product)
+        out = x.new_empty(len(x), product.num_out)
+        if can_activate(product):
+            multiply_activated(product, x, out)
+        else:
+            self.operations.activate(out, self.multiply(product, x), False)
         return out
 
     def add(self, product: Product, x: Tensor) -> None:

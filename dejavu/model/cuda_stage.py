@@ -38,7 +38,7 @@ class CudaStage:
         embedding, layers, head = weights
         parts = [layer_parts(spec, layer, operations.activation) for layer in layers]
         self.parts = StageParts(spec, shard, operations, embedding, head, parts, all_reduce)
-        self.products = Products(dtype, device)
+        self.products = Products(operations)
         self.steps = TokenSteps(self.parts, self.products)
 
     def forward(

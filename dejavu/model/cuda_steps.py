@@ -11,11 +11,11 @@ from torch import Tensor
 from dejavu.model.batch import Batch
 from dejavu.model.cuda_operations import StepInputs
 from dejavu.model.cuda_pass import StageParts, StagePass
-from dejavu.model.cuda_plan import ITEM_WORDS, BlockTables, ItemCutter, StepLayout, Words, write_step
-from dejavu.model.cuda_products import Product, Products, capture
+from dejavu.model.cuda_plan import SHORTEST_ITEM, BlockTables, StepLayout, Words, write_step
+from dejavu.model.cuda_products import Product, Products, can_activate, capture, multiply_activated
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-ATTENTION_BLOCKS = 1056  # that an H200 holds at once: 132 multiprocessors of 8
+ATTENTION_BLOCKS = 924  # that an H200 holds at once: 132 multiprocessors of 7
 MOST_SPARE_ITEMS = 96  # so that rows' parts come in several rounds of blocks, and the last round is short
 RING_SLOTS = 16
 
@@ -35,7 +35,7 @@ class StepMemory:
         with torch.inference_mode(mode=False):
             self.words = torch.zeros(layout.num_words, dtype=torch.int32, device=operations.device)
             self.words[num_rows : 2 * num_rows] = -1
-            self.words[layout.items_start : layout.tables_start] = -1
+            self.words[layout.tables_start - 1] = SHORTEST_ITEM
             self.hidden = self.make(parts.spec.hidden_size)
             heads = operations.num_heads, parts.spec.head_dim + 2
             self.partials = self.make(layout.num_items, *heads, dtype=torch.float32, rows=False)
@@ -62,8 +62,8 @@ class StepMemory:
         """Give the kernels' views of the words."""
         rows, layout = self.layout.num_rows, self.layout
         ids, context, starts = (self.words[i * rows : (i + 1) * rows] for i in range(3))
-        items = self.words[layout.items_start : layout.tables_start].view(-1, ITEM_WORDS)
-        return StepInputs(ids, context, starts, items, self.words[layout.tables_start :])
+        longest, tables = self.words[layout.tables_start - 1 :], self.words[layout.tables_start :]
+        return StepInputs(ids, context, starts, longest, tables)
 
 
 class TokenPass(StagePass):
@@ -91,15 +91,27 @@ class TokenPass(StagePass):
         self.products.run(product, x, out, None)
         return out
 
-    def feed(self, product: Product, x: Tensor) -> Tensor:
+    def enter(self, product: Product) -> Tensor:
+        """Normalise in the product where it can and nothing is pending."""
+        if not self._takes_norm(product):
+            return self.multiply(product, self.entered(product))
+        out = self.memory.named(product.name, product.linear.weight.shape[0])
+        self.products.run(product, self.hidden, out, None, normed=True)
+        return out
+
+    def feed(self, product: Product) -> Tensor:
         """Activate in the product or behind it."""
-        if self.products.fuses(product, self.num_rows):
-            out = self.memory.named(f"{product.name} activated", product.num_out)
-            self.products.run(product, x, out, None)
+        out = self.memory.named(f"{product.name} activated", product.num_out)
+        if self._takes_norm(product):
+            self.products.run(product, self.hidden, out, None, normed=True)
             return out
-        x = self.multiply(product, x)
-        out = self.memory.named(f"{product.name} activated", product.num_out) if product.gated else x
-        self.operations.activate(out, x, True)
+        x = self.entered(product)
+        if self.products.fuses(product, self.num_rows):
+            self.products.run(product, x, out, None)
+        elif can_activate(product):
+            multiply_activated(product, x, out)
+        else:
+            self.operations.activate(out, self.multiply(product, x), True)
         return out
 
     def add(self, product: Product, x: Tensor) -> None:
@@ -119,6 +131,9 @@ class TokenPass(StagePass):
     def normalised(self, name: str) -> Tensor:
         """Give the memory of a name."""
         return self.memory.named(name, self.parts.spec.hidden_size)
+
+    def _takes_norm(self, product: Product) -> bool:
+        return self.pending is None and self.products.normalises(product, self.num_rows)
 
     def _embed(self) -> None:
         embedding, project = self.parts.embedding, self.parts.project_in
@@ -158,7 +173,6 @@ class StepGraph:
 
     graph: torch.cuda.CUDAGraph
     memory: StepMemory
-    cutter: ItemCutter
     output: Tensor  # [rows, ...]
 
 
@@ -200,7 +214,7 @@ class TokenSteps:
         def write(words: Words) -> int:
             if on_host:
                 words[: batch.num_rows] = batch.token_ids.numpy()
-            return write_step(layout, batch, self._tables, step.cutter, words)
+            return write_step(layout, batch, self._tables, words)
 
         self._rings[layout.num_rows].upload(write, memory.words)
         if self.parts.embedding is None:
@@ -239,7 +253,7 @@ class TokenSteps:
         outputs: list[Tensor] = []
         step = TokenPass(self.parts, self.products, memory, pool)
         graph = capture(lambda: outputs.append(step.run()), pool.device)
-        return StepGraph(graph, memory, ItemCutter(memory.layout.num_items), outputs[0])
+        return StepGraph(graph, memory, outputs[0])
 
     def _layout(self, num_rows: int, pool: Tensor) -> StepLayout:
         blocks_per_row = min(pool.shape[0], -(-self.parts.spec.max_positions // pool.shape[3]) + 1)

@@ -21,21 +21,22 @@ class EmulatedModule:
         texts = [(KERNELS / file).read_text() for file in ("element.cuh", f"{name}.cu")]
         self.folder, self.source, self.functions = folder, lines + here + "\n".join(texts), []
 
-    def kernel(self, function, shared_bytes=0):
+    def kernel(self, function, most_shared_bytes=0):
         self.functions.append(function)
-        return EmulatedKernel(self, function, shared_bytes)
+        return EmulatedKernel(self, function, most_shared_bytes)
 
 
 class EmulatedKernel:
-    def __init__(self, module, function, shared_bytes):
-        self.module, self.function, self.shared_bytes = module, function, shared_bytes
+    def __init__(self, module, function, most_shared_bytes):
+        self.module, self.function, self.most_shared_bytes = module, function, most_shared_bytes
 
-    def launch(self, grid, num_threads, arguments, *, stream, overlaps=False, cluster=1):
+    def launch(self, grid, num_threads, arguments, *, stream, shared_bytes=0, overlaps=False, cluster=1):
+        assert shared_bytes <= self.most_shared_bytes
         words = (ctypes.c_uint64 * len(arguments))(*[_word(argument) for argument in arguments])
         start = ctypes.addressof(words)
         pointers = (ctypes.c_void_p * len(arguments))(*[start + 8 * i for i in range(len(arguments))])
         code = _compile(self.module.folder, self.module.source, tuple(self.module.functions))
-        getattr(code, f"launch_{self.function}")(pointers, *grid, cluster, num_threads, self.shared_bytes)
+        getattr(code, f"launch_{self.function}")(pointers, *grid, cluster, num_threads, shared_bytes)
 
 
 def _word(argument):

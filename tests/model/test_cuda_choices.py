@@ -10,7 +10,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DEJAVU_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("first", [Variant(1, 1, 8, 4, 2), None])
+@pytest.mark.parametrize("first", [Variant(1, 1, 8, 4, 2, True), None])
 def test_the_first_choice_counts(first, tmp_path):
     with pytest.raises(KeyError):
         recall(("gpu", 8))

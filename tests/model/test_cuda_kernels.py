@@ -14,7 +14,7 @@ from dejavu.model.batch import Batch
 from dejavu.model.cuda_choices import Variant
 from dejavu.model.cuda_operations import ACTIVATIONS, Operations
 from dejavu.model.cuda_pass import StageParts, layer_parts
-from dejavu.model.cuda_plan import BlockTables, ItemCutter, StepLayout, write_step
+from dejavu.model.cuda_plan import BlockTables, StepLayout, write_step
 from dejavu.model.cuda_products import SHAPES, Product, Products
 from dejavu.model.cuda_steps import StepMemory, TokenPass
 from dejavu.model.decoder import StageModel
@@ -145,9 +145,7 @@ def test_attend(case, spare, dtype, device):
         expected.append((naive(spec, query, whole[:, 0], whole[:, 1]), new))
     layout = StepLayout(8, 8 + spare, 400)
     words = np.zeros(layout.num_words, np.int32)
-    write_step(
-        layout, Batch(torch.zeros(5), [1] * 5, context, blocks, []), BlockTables(), ItemCutter(layout.num_items), words
-    )
+    write_step(layout, Batch(torch.zeros(5), [1] * 5, context, blocks, []), BlockTables(), words)
     memory = StepMemory(StageParts(spec, Shard(0, 2, 2), ops, None, None, [], None), layout)
     memory.words.copy_(torch.from_numpy(words))
     pool, qkv = pool.to(device), qkv.to(device)
@@ -166,7 +164,7 @@ def test_attend(case, spare, dtype, device):
 
 
 def products_on(device, dtype):
-    return Products(dtype, device)
+    return Products(operations(make_spec(64, 4, 4, "learned"), dtype, device))
 
 
 @cases(
@@ -194,6 +192,29 @@ def test_products(sizes, num_rows, dtype, device):
                     variant = replace(shape, splits=splits)
                     products._launch(variant, task, x, out, residual)
                     assert error(out, expected + residual.double()) < TOLERANCE[dtype], (variant, gated, wide)
+
+
+@cases(
+    ("sizes", "dtype"),
+    (((1, 256), (2, 5120), (5, 2048), (8, 2048)), (torch.float16, torch.bfloat16)),
+    [((3, 512), torch.float16)],
+)
+def test_products_that_normalise(sizes, dtype, device):
+    num_rows, num_in = sizes
+    products, generator = products_on(device, dtype), torch.Generator().manual_seed(num_rows)
+    x, weight, scale, shift, bias = (
+        torch.randn(size, generator=generator).to(device, dtype) + 1
+        for size in ((num_rows, num_in), (50, num_in), num_in, num_in, 50)
+    )
+    for norm in (LayerNorm(scale, shift, 1e-5), RMSNorm(scale, 1e-6)):
+        task = Product("one", Linear(weight, bias, "torch"), norm=norm)
+        expected = norm(x).double() @ weight.double().T + bias.double()
+        for shape in SHAPES:
+            variant = replace(shape, normed=True)
+            assert products._can_normalise(variant, task, num_rows)
+            out = torch.full((num_rows, 50), torch.nan, dtype=dtype, device=device)
+            products._launch(variant, task, x, out, None)
+            assert error(out, expected) < TOLERANCE[dtype], variant
 
 
 @cases(
@@ -250,9 +271,10 @@ def small_spec(name, **changes):
     )
 
 
+NORMED = {name: Variant(2, 1, 8, 3, normed=True) for name in ("qkv", "ffn_in")}
 STEPS = [
-    (small_spec("llama-3-8b"), {"qkv": Variant(2, 1, 8, 3), "ffn_in": Variant(2, 2, 4, 3), "out": SHAPES[0]}),
-    (small_spec("opt-13b"), {"ffn_in": SHAPES[0], "ffn_out": Variant(1, 1, 8, 4, 2), "logits": SHAPES[1]}),
+    (small_spec("llama-3-8b"), {**NORMED, "out": Variant(1, 1, 4, 6, 2), "ffn_out": None, "logits": SHAPES[0]}),
+    (small_spec("opt-13b"), {**NORMED, "out": Variant(2, 2, 4, 3), "ffn_out": SHAPES[0], "logits": None}),
     (small_spec("opt-350m", embedding_size=40), {"qkv": SHAPES[1], "ffn_in": SHAPES[0], "logits": SHAPES[0]}),
     (small_spec("bloom-560m"), {}),
 ]
@@ -275,7 +297,7 @@ def test_token_step_by_emulated_kernels(spec, chosen, compiled, monkeypatch):
     expected = exact.forward(step, None, pool)
 
     operations_ = Operations(spec, shard, dtype, torch.device("cpu"))
-    products = Products(dtype, torch.device("cpu"))
+    products = Products(operations_)
     products.chosen = {(name, 4): variant for name, variant in chosen.items()}
     layers = [layer_parts(spec, layer, operations_.activation) for layer in model._layers]
     parts = StageParts(spec, shard, operations_, model._embedding, model._head, layers, None)
@@ -283,7 +305,7 @@ def test_token_step_by_emulated_kernels(spec, chosen, compiled, monkeypatch):
     memory = StepMemory(parts, layout)
     words = memory.words.numpy()
     words[:3] = [7, 8, 9]
-    write_step(layout, step, BlockTables(), ItemCutter(layout.num_items), words)
+    write_step(layout, step, BlockTables(), words)
     result = TokenPass(parts, products, memory, own_pool).run()
     assert error(result[:3], expected) < 1e-2
     for row, length in enumerate(context):

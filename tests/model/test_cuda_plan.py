@@ -9,39 +9,19 @@ from dejavu.model.batch import Batch
 from dejavu.model.cuda_plan import (
     SHORTEST_ITEM,
     BlockTables,
-    ItemCutter,
     StepLayout,
+    longest_item,
     plan_prompts,
     write_step,
 )
 
 
-def check_items(items, lengths):
-    seen = [np.zeros(length, int) for length in lengths]
-    for index, (row, start, stop, share) in enumerate(items):
-        if row < 0:
-            continue
-        assert start < stop
-        seen[row][start:stop] += 1
-        first, count = share & 0xFFFF, share >> 16
-        assert first <= index < first + count
-        assert set(items[first : first + count, 0]) == {row}
-        assert first + count == len(items) or items[first + count, 0] != row
-    assert all((tokens == 1).all() for tokens in seen)
-
-
-@given(st.lists(st.integers(2, 3000), min_size=1, max_size=40), st.integers(1, 140))
-def test_items_cover_every_token_once(lengths, spare):
-    cutter = ItemCutter(len(lengths) + spare)
-    for step in (0, 1, 2, 70):  # the kept parts stay right while the rows grow
-        grown = np.array(lengths) + step
-        check_items(cutter.cut(grown), grown)
-
-
-def test_items_share_the_work():
-    items = ItemCutter(35).cut(np.array([2048, 64]))
-    sizes = (items[:, 2] - items[:, 1])[items[:, 0] >= 0]
-    assert sizes.max() <= 2 * SHORTEST_ITEM
+@given(st.lists(st.integers(2, 5000), min_size=1, max_size=64), st.integers(1, 200))
+def test_items_are_enough(lengths, spare):
+    num_items = len(lengths) + spare
+    longest = longest_item(sum(lengths), len(lengths), num_items)
+    assert sum(-(-length // longest) for length in lengths) <= num_items
+    assert longest == SHORTEST_ITEM or longest <= -(-sum(lengths) // spare)
 
 
 def batch(context, blocks, num_new=None):
@@ -52,14 +32,12 @@ def test_step_words():
     layout = StepLayout(num_rows=4, num_items=7, table_words=40)
     words = np.full(layout.num_words, 77, np.int32)
     blocks = [[5, 3, 9], [8], [2, 7]]
-    count = write_step(layout, batch([40, 3, 17], blocks), BlockTables(), ItemCutter(7), words)
-    assert words[4:8].tolist() == [40, 3, 17, -1]
+    count = write_step(layout, batch([40, 3, 1700], blocks), BlockTables(), words)
+    assert words[4:8].tolist() == [40, 3, 1700, -1]
     starts = words[8:11]
     assert [words[layout.tables_start + s :][: len(b)].tolist() for s, b in zip(starts, blocks, strict=True)] == blocks
     assert count == layout.tables_start + 6
-    assert layout.items_start % 4 == 0
-    items = words[layout.items_start : layout.tables_start].reshape(-1, 4)
-    assert [(row, stop) for row, _, stop, _ in items.tolist() if row >= 0] == [(0, 41), (1, 4), (2, 18)]
+    assert words[12] == -(-(41 + 4 + 1701) // 4)
 
 
 def test_tables_follow_the_lists():

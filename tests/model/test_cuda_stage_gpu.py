@@ -149,7 +149,7 @@ def test_tokens_may_lie_on_the_device():
     prompt = Batch(torch.arange(20), [11, 9], [0, 0], [[1], [0]], [0, 1])
     model.forward(prompt, None, pool)
     results = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", *["cuda"] * 20):  # kernels that begin early find what they wait for, every time
         step = Batch(torch.tensor([5, 6], device=device), [1, 1], [11, 9], [[1], [0]], [0, 1])
         results.append(model.forward(step, None, pool).clone())
-    assert torch.equal(*results)
+    assert all(torch.equal(result, results[0]) for result in results)
