@@ -158,8 +158,13 @@ class ThreadStream(CpuStream):
         self._put((job, held))
 
     def mark(self, mark: Mark) -> None:
-        """Queue the reaching of a mark."""
-        self._put((mark, ()))
+        """Queue the reaching of a mark; on an idle stream it is reached at once, and no thread woken for it."""
+        with self._lock:
+            is_idle = self._num_done == self._num_put
+            if is_idle:
+                mark.reach(self.error)
+        if not is_idle:
+            self._put((mark, ()))
 
     @contextmanager
     def together(self) -> Iterator[None]:

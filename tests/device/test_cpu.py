@@ -54,6 +54,21 @@ def test_a_thread_starts_with_the_first_job_and_ends_with_close(device):
     assert threading.active_count() == before
 
 
+def test_a_mark_on_an_idle_stream_needs_no_thread_and_one_behind_work_waits_for_it(device):
+    before, held = threading.active_count(), threading.Event()
+    with device.create_stream() as stream, device.create_event() as event:
+        event.record(stream)
+        assert event.query()
+        assert threading.active_count() == before
+        stream.submit(lambda: held.wait(10))
+        event.record(stream)
+        assert not event.query()
+        held.set()
+        event.synchronize(10)
+        event.record(stream)
+        assert event.query()
+
+
 def test_memory_goes_with_close_and_its_last_tensor(device):
     gc.collect()
     before = num_mappings()
