@@ -66,6 +66,9 @@ def fill_bytes(target: int, value: int, nbytes: int) -> None:
 
 def copy_pieces(pieces: Pieces) -> None:
     """Copy pieces given by address."""
+    if len(pieces) and int(pieces.nbytes.min()) >= _SHORT_BYTES:
+        _copy_each(pieces.target, pieces.source, pieces.nbytes)
+        return
     if (grid := find_grid(pieces)) is not None:
         _copy_grid(pieces, grid)
         return
