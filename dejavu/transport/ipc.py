@@ -69,6 +69,7 @@ class IpcCarrier(Carrier):
         self._queue = SendQueue()
         self._unready: list[Unready] = []
         self._lock = threading.RLock()
+        self._is_slow_to_wake = device.properties.kind == "cpu"  # the thread: cores are few, and busy
         self._is_closing = False
         self._is_alert = False  # the thread is not asleep without a limit
         self._connect(exchange)
@@ -89,6 +90,8 @@ class IpcCarrier(Carrier):
             send = IpcSend(peer, key, memory, pieces, self._lanes.mark(stream))
             send.on_cancel, send.on_order = self._cancel_send, self._order_send
             self._queue.add(send)
+            if self._is_slow_to_wake and key not in there.posts:
+                self._catch_up(there)
             post = there.posts.pop(key, None)
             if post is None:
                 there.sends[key] = send
@@ -191,6 +194,11 @@ class IpcCarrier(Carrier):
         self._words.close()
 
     # Posting, called with the lock held
+
+    def _catch_up(self, peer: Peer) -> None:
+        """Take what has come before the thread wakes to do it; the end of the line is left to the thread."""
+        with suppress(PeerLostError):
+            self._listen(peer)
 
     def _reach(self, rank: int) -> Peer:
         assert not self._is_closing, "the carrier was closed"
@@ -397,17 +405,24 @@ class IpcCarrier(Carrier):
 
     def _hear(self, peer: Peer) -> None:
         try:
+            self._listen(peer)
+        except PeerLostError as error:
+            self._selector.unregister(peer.line.socket)
+            peer.ended_s = time.monotonic()
+            if peer.line.pidfd is None:
+                self._lose(peer, error)
+
+    def _listen(self, peer: Peer) -> None:
+        """Take the messages that have come; PeerLostError at the end of the line."""
+        try:
             while peer.lost is None and (heard := peer.line.hear()) is not None:
                 message, fds = heard
                 try:
                     self._take(peer, *split_kind(message), fds)
                 finally:
                     close_all(fds)
-        except PeerLostError as error:
-            self._selector.unregister(peer.line.socket)
-            peer.ended_s = time.monotonic()
-            if peer.line.pidfd is None:
-                self._lose(peer, error)
+        except PeerLostError:
+            raise
         except TransferError as error:
             self._lose(peer, error)
 
