@@ -1,6 +1,7 @@
 """Two rank processes of a link, which the test's process tells what to do over a socket."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -108,10 +109,10 @@ class Pair:
             for process in self.processes:
                 process.wait(START_S)
         finally:
-            pids = [str(process.pid) for process in self.processes]
+            pids = {str(process.pid) for process in self.processes}
             self.kill()
         left = list((self.directory / "tmp").rglob("dejavu*"))
-        left += [path for path in Path("/dev/shm").iterdir() if any(pid in path.name for pid in pids)]
+        left += [path for path in Path("/dev/shm").iterdir() if pids & set(re.split(r"\W|_", path.name))]
         assert not left, f"left behind: {left}{self.output()}"
 
     def kill(self):
