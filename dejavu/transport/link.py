@@ -80,6 +80,10 @@ class Wire(Closing):
         """Tell whether bytes travel now whose end only a look finds out."""
         return False
 
+    def begin(self, parcel: Outgoing) -> None:
+        """Say GO to the receiver of a message whose bytes are ready."""
+        self.post(parcel.peer, Note(Kind.GO, parcel.number, nbytes=parcel.chunk_bytes))
+
     def began(self, parcel: Incoming, note: Note) -> None:
         """Take what a GO says about a message."""
 
@@ -237,7 +241,7 @@ class LinkCarrier(Carrier):
         yield from self._match(parcel)
         self._outgoing[parcel.peer, parcel.number] = parcel
         try:
-            self.wire.post(parcel.peer, Note(Kind.GO, parcel.number, nbytes=parcel.chunk_bytes))
+            self.wire.begin(parcel)
             while parcel.returned < parcel.count:
                 self._check_peer(parcel)
                 yield self.wire.push(parcel)

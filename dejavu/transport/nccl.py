@@ -156,8 +156,13 @@ class NcclWire(MpiWire):
         """Tell whether anything is launched: nothing wakes the thread when it ends."""
         return self._num_launched > 0
 
+    def begin(self, parcel: Outgoing) -> None:
+        """Say GO where no chunk's GO will: in an empty message; and where the receiver has yet to join the path."""
+        if parcel.count == 0 or self._path_out(parcel.peer) is None:
+            super().begin(parcel)
+
     def began(self, parcel: Incoming, note: Note) -> None:
-        """Note a chunk that is announced; the first GO of a message announces none."""
+        """Note a chunk that is announced; a GO without a chunk only begins the message."""
         if note.value > parcel.count:
             self.lose(parcel.peer, f"it announced chunk {note.value} of {parcel.count}")
         elif note.value:
@@ -172,7 +177,8 @@ class NcclWire(MpiWire):
         while launched and launched[0][0].query():
             parcel.take_back(self._close_first(launched))
         while len(launched) < WINDOW and (loan := parcel.next()) is not None:
-            self.post(parcel.peer, Note(Kind.GO, parcel.number, value=loan.index + 1))
+            go = Note(Kind.GO, parcel.number, nbytes=parcel.chunk_bytes, value=loan.index + 1)
+            self.post(parcel.peer, go)
             launched.append((path.send(loan.buffer), loan))
             self._num_launched += 1
         return before != (parcel.returned, parcel.sent)
