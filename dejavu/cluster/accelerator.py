@@ -23,9 +23,12 @@ from dejavu.transport.mpi import Channel
 
 
 def accelerator_index(channel: Channel) -> int:
-    """Give this worker's GPU: its number among the ranks of its host that may work, modulo the number of GPUs."""
-    host = channel.hosts[channel.rank]
-    before = channel.hosts[CONTROLLER + 1 : channel.rank].count(host)
+    """Give this process's GPU: its number among those of its host that may work, modulo the number of GPUs.
+
+    It stays the same whatever rank the process comes to play.
+    """
+    hosts = channel.process_hosts
+    before = hosts[CONTROLLER + 1 : channel.process].count(hosts[channel.process])
     return before % max(1, num_cuda_devices())
 
 

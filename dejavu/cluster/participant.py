@@ -87,7 +87,7 @@ class Participant:
         started, channel = time.monotonic(), self.channel
         torch.set_num_threads(self.setup.config.threads or threads_per_worker(channel, self.setup))
         with ExitStack() as ties, named_memory_errors(channel), suspecting(self.setup):
-            device = self.device = self.device or enter_device(channel, self.setup, self.stack)
+            device = self.enter_device()
             site = Site(channel, self.setup, placement, device, self.join_keeper())
             links = open_links(site, ties)
             holdings = self.holdings = self.hold(site, links)
@@ -107,6 +107,11 @@ class Participant:
             if site.vault:  # the run is over: the job's next engine must not take this one's memory for its own
                 site.vault.drop(f"{place_name(placement)}/")
             channel.send(CONTROLLER, report)
+
+    def enter_device(self) -> Device:
+        """Give the device that this process computes on, whatever its rank."""
+        self.device = self.device or enter_device(self.channel, self.setup, self.stack)
+        return self.device
 
     def join_keeper(self) -> Vault | None:
         """Give what leads to this host's keeper; synthetic stages have no memory to keep."""

@@ -32,10 +32,11 @@ def stand_by(channel: Channel, setup: EngineSetup) -> Calling | None:
     Gives a calling where this process has to be the controller from now on.
     """
     rounds = Rounds(channel, setup)
-    if channel.rank >= setup.topology.first_spare:
-        warm_up()
     with ExitStack() as stack:
         participant = Participant(channel, setup, stack)
+        if channel.rank >= setup.topology.first_spare:
+            warm_up()
+            participant.enter_device()
         while True:
             try:
                 participant.take_part()
