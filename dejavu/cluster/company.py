@@ -12,7 +12,7 @@ from dejavu.cluster.injection import IncidentLog
 from dejavu.cluster.keeping import needs_replica_carrier
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.engine.controller import Controller
-from dejavu.engine.messages import Ready
+from dejavu.engine.messages import Ready, Rehearse
 from dejavu.engine.recovery import Death, Gathered
 from dejavu.engine.seating import join_restored
 from dejavu.engine.setup import EngineSetup
@@ -80,6 +80,7 @@ class WorkerCompany(Rounds):
             for line in share_memory(self.channel, self.setup, ranks, LOAD_DEADLINE_S):
                 self.controller.announce(line)
         ready = self.controller.wait_ready(ranks, LOAD_DEADLINE_S)
+        self.call_rehearsal()
         if self.gathered_epoch is None:
             for line in describe_links(ready):
                 self.controller.announce(line)
@@ -92,6 +93,14 @@ class WorkerCompany(Rounds):
         left = [join_restored((ready[rank].keeps_kv, ready[rank].tokens) for rank in lane.ranks) for lane in lanes]
         num_bytes = sum(answer.restored_bytes for answer in ready.values())
         return Gathered(left, num_bytes, sum(answer.kept_bytes for answer in ready.values()))
+
+    def call_rehearsal(self) -> None:
+        """Let spares prepare what they may have to take over; before requests are taken, wait for it."""
+        spares = [rank for rank in self.channel.membership.present if rank >= self.setup.topology.first_spare]
+        for rank in spares:
+            self.channel.send(rank, Rehearse())
+        if self.gathered_epoch is None and not self.continues:
+            self.controller.wait_ready(spares, LOAD_DEADLINE_S)
 
     def assemble(self) -> None:
         """Gather everybody at the start; nothing to do where a loss has made that necessary already."""

@@ -212,8 +212,6 @@ def make_stage(site: Site, all_reduce: AllReduce | None, stack: ExitStack) -> tu
         from dejavu.model.synthetic import SyntheticStage
 
         return SyntheticStage(shard, setup.spec.vocab_size, *setup.config.synthetic), 0
-    from dejavu.model.decoder import StageModel
-
     arena, memory = WeightArena(setup.spec, shard, dtype_of(setup)), None
     if site.vault and outlives_worker(site.device, arena):
         weights, memory = take_weights(
@@ -222,12 +220,19 @@ def make_stage(site: Site, all_reduce: AllReduce | None, stack: ExitStack) -> tu
     else:
         weights = load_weights(site)
     weight_bytes = sum(weight.nbytes for weight in weights.values())
-    stage = StageModel(setup.spec, shard, weights, all_reduce)
+    stage = build_stage(site, weights, all_reduce)
     if memory and setup.on_cuda:
         stack.enter_context(memory)
     elif memory:
         memory.close()  # tensors that are used where they lie hold it
     return stage, weight_bytes
+
+
+def build_stage(site: Site, weights: "Weights", all_reduce: AllReduce | None) -> Stage:
+    """Make what computes with these weights, which it takes over."""
+    from dejavu.model.decoder import StageModel
+
+    return StageModel(site.setup.spec, site.shard, weights, all_reduce)
 
 
 def load_weights(site: Site, allocate: "Allocate | None" = None) -> "Weights":

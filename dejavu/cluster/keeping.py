@@ -53,9 +53,8 @@ def take_memory(
 
     New memory is zeroed. The caller closes it; the keeper holds it on.
     """
-    kept = vault.get(name, device)
-    if kept is not None:
-        memory, _ = kept
+    memory = find_kept(vault, device, name)
+    if memory is not None:
         if memory.nbytes == nbytes:
             return memory, True
         memory.close()
@@ -65,6 +64,30 @@ def take_memory(
         device.fill(memory, 0, stream=device.compute_stream)
     vault.put(name, memory)
     return memory, False
+
+
+def find_kept(vault: Vault, device: Device, name: str) -> Buffer | None:
+    """Map what is kept under a name, if anything; what lies on another GPU is moved to this one."""
+    kept = vault.get(name, device)
+    if kept is None or not lies_elsewhere(kept[1], device):
+        return kept[0] if kept else None
+    memory = copy_here(device, kept[0])
+    vault.put(name, memory)
+    return memory
+
+
+def lies_elsewhere(about: Mapping[str, Any], device: Device) -> bool:
+    """Tell whether kept memory is another GPU's; what the keeper has `about` it says."""
+    return bool(about["location"] == Location.DEVICE and about["index"] != device.properties.index)
+
+
+def copy_here(device: Device, far: Buffer) -> Buffer:
+    """Copy memory of another GPU to this one, and let go of the mapping of the former."""
+    with far:
+        memory = device.allocate_exportable(far.nbytes)
+        device.copy(memory, far, stream=device.compute_stream)
+        device.synchronize()
+    return memory
 
 
 def take_store(vault: Vault, device: Device, name: str, layout: PoolLayout, shape: StoreShape) -> ReplicaStore:
@@ -92,9 +115,9 @@ def take_weights(
     The caller closes the memory: on a CPU at once, where the tensors hold it, on a GPU when they are gone.
     """
     name = weights_name(placement)
-    kept = vault.get(name, device)
+    kept = find_kept(vault, device, name)
     if kept is not None:
-        return arena.views(kept[0]), kept[0]
+        return arena.views(kept), kept
     memory = device.allocate_exportable(arena.nbytes)
     weights = load(lambda parameter: arena.view(memory, parameter))
     device.synchronize()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dejavu.cluster.accelerator import claim_memory, enter_device
 from dejavu.cluster.company import join_clock, workers_comm
@@ -29,16 +28,17 @@ from dejavu.cluster.injection import IncidentLog, Injector, Tripwire, faults_for
 from dejavu.cluster.keeping import open_vault, take_pool
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.links import Links
+from dejavu.cluster.rehearsal import Rehearsal, prepare_steps
 from dejavu.device.base import Device
 from dejavu.device.vault import Vault
 from dejavu.engine.messages import Ready, Report
 from dejavu.engine.ring import place_name
 from dejavu.engine.setup import EngineSetup
-from dejavu.engine.worker import Stage, Worker
+from dejavu.engine.worker import Worker
 from dejavu.errors import CapacityError, PeerLostError, TransferError
 from dejavu.measure.clock import RunClock
 from dejavu.measure.cpu import CpuMeter
-from dejavu.topology import CONTROLLER, Placement, Role
+from dejavu.topology import CONTROLLER, Placement
 from dejavu.transport.mpi import Channel
 
 
@@ -74,6 +74,7 @@ class Participant:
         self.device: Device | None = None
         self.vault: Vault | None = None
         self.holdings: Holdings | None = None
+        self.rehearsal: Rehearsal | None = None  # of a spare
 
     def take_part(self) -> None:
         """Do this rank's work until the run ends; a spare only joins in what all ranks do together."""
@@ -85,7 +86,7 @@ class Participant:
     def work(self, placement: Placement, comm: Any) -> None:
         """Be a worker until the run ends."""
         started, channel = time.monotonic(), self.channel
-        torch.set_num_threads(self.setup.config.threads or threads_per_worker(channel, self.setup))
+        self.set_threads()
         with ExitStack() as ties, named_memory_errors(channel), suspecting(self.setup):
             device = self.enter_device()
             site = Site(channel, self.setup, placement, device, self.join_keeper())
@@ -97,6 +98,7 @@ class Participant:
             tokens = {row.serial: row.length for row in restored.rows.values()}
             found = tuple(links.describe()), holdings.has_kv, tokens, restored.nbytes, restored.seconds
             channel.send(CONTROLLER, Ready(time.monotonic() - started, *found, holdings.kept_bytes))
+            self.end_rehearsal()
             holdings.has_kv, holdings.kept_bytes = swap is None, 0
             clock = join_clock(channel)
             worker = make_worker(site, holdings, swap, mover, links, clock)
@@ -107,6 +109,25 @@ class Participant:
             if site.vault:  # the run is over: the job's next engine must not take this one's memory for its own
                 site.vault.drop(f"{place_name(placement)}/")
             channel.send(CONTROLLER, report)
+
+    def set_threads(self) -> None:
+        """Take this process's share of the host's cores."""
+        torch.set_num_threads(self.setup.config.threads or threads_per_worker(self.channel, self.setup))
+
+    def rehearse(self) -> float:
+        """Prepare what any worker holds, as a spare; give the seconds that it took."""
+        device, vault = self.enter_device(), self.join_keeper()
+        if not vault:
+            return 0.0
+        self.set_threads()
+        self.rehearsal = self.rehearsal or Rehearsal(self.channel, self.setup, device, vault)
+        return self.rehearsal.prepare()
+
+    def end_rehearsal(self) -> None:
+        """Give back what was prepared for other places than the one taken."""
+        if self.rehearsal:
+            self.rehearsal.close()
+            self.rehearsal = None
 
     def enter_device(self) -> Device:
         """Give the device that this process computes on, whatever its rank."""
@@ -131,16 +152,11 @@ class Participant:
     def hold(self, site: Site, links: Links) -> Holdings:
         """Give what this worker holds; a stage whose graphs sum over links that are no more is loaded again."""
         if self.holdings is None:
-            return hold(site, links, self.stack)
+            rehearsed = self.rehearsal.take(site.placement, self.stack) if self.rehearsal else None
+            return rehearsed or hold(site, links, self.stack)
         if links.sums is not None:
             self.holdings.stage, _ = make_stage(site, make_all_reduce(site, links), self.stack)
         return self.holdings
-
-
-def prepare_steps(site: Site, stage: Stage, pool: Tensor) -> None:
-    """Prepare token steps of every number of rows, so that no request waits for it; tensor ranks do so together."""
-    if site.pipeline.role is not Role.PROMPT:
-        stage.warm_up(pool, range(1, site.pipeline.shape.microbatch_size + 1))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dejavu.cluster.company import Rounds
 from dejavu.cluster.participant import Participant
-from dejavu.engine.messages import Farewell
+from dejavu.engine.messages import Farewell, Ready, Rehearse
 from dejavu.engine.recovery import Death
 from dejavu.engine.setup import EngineSetup
 from dejavu.errors import PeerLostError
@@ -40,7 +40,7 @@ def stand_by(channel: Channel, setup: EngineSetup) -> Calling | None:
         while True:
             try:
                 participant.take_part()
-                await_farewell(channel)
+                await_farewell(channel, participant)
             except PeerLostError as error:
                 detected_s = time.monotonic()
                 deaths = rounds.reform(error)
@@ -56,10 +56,11 @@ def warm_up() -> None:
         importlib.import_module(name)
 
 
-def await_farewell(channel: Channel) -> None:
-    """Wait for the end, as long as it takes."""
-    _, message = channel.receive(CONTROLLER)
-    assert isinstance(message, Farewell), message
+def await_farewell(channel: Channel, participant: Participant) -> None:
+    """Wait for the end, as long as it takes; a spare is told meanwhile when there is something to prepare."""
+    while not isinstance(message := channel.receive(CONTROLLER)[1], Farewell):
+        assert isinstance(message, Rehearse), message
+        channel.send(CONTROLLER, Ready(participant.rehearse()))
 
 
 def say_farewell(channel: Channel) -> None:

@@ -1,6 +1,7 @@
 """Give a host's keeper what has to outlive a process, and take it back in another one."""
 
 import os
+import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,13 @@ class Vault(Closing):
         self._call({"do": "join", "process": guardian.process, "grace_s": guardian.grace_s})
 
     def put(self, name: str, memory: Buffer, about: dict[str, Any] | None = None) -> None:
-        """Keep all of an exportable memory, in place of what had that name; `about` is plain JSON."""
+        """Keep all of an exportable memory, in place of what had that name; `about` is plain JSON.
+
+        The keeper also has of it where it lies, on which device, and a `mark` that no other memory has.
+        """
         assert memory.nbytes == memory.memory.nbytes, "a view is no memory of its own"
-        facts = {"location": memory.location.value, "kind": memory.device.properties.kind, **(about or {})}
+        where = {"location": memory.location.value, "kind": memory.device.properties.kind}
+        facts = {**where, "index": memory.device.properties.index, "mark": secrets.token_hex(8), **(about or {})}
         fd = memory.export_fd()
         try:
             self._call({"do": "put", "name": name, "nbytes": memory.nbytes, "about": facts}, (fd,))

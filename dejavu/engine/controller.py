@@ -397,9 +397,10 @@ class Controller:
     ) -> None:
         """Listen until every worker has answered."""
         patience = self.channel.patience(what, deadline_s)
+        self.listen()
         while any(rank not in answers for rank in workers):
-            self.listen()
             patience.pause()
+            self.listen()
 
 
 def cancelled(completion: Completion, text: str, time_s: float) -> tuple[TokenEvent, Completion]:

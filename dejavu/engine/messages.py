@@ -151,7 +151,10 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Worker → controller, at the start and after each failure: weights are loaded and the pool is there."""
+    """Worker → controller, at the start and after each failure: weights are loaded and the pool is there.
+
+    From a spare: it has prepared what it was asked to.
+    """
 
     load_s: float
     notes: tuple[str, ...] = ()  # how its GPU is joined to others
@@ -160,6 +163,11 @@ class Ready:
     restored_bytes: int = 0  # that came back from a replica
     restore_s: float = 0.0
     kept_bytes: int = 0  # of KV that a new process of this place found at the keeper
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearse:
+    """Controller → spare: all workers are ready, so what each of them holds can be prepared."""
 
 
 @dataclass(frozen=True, slots=True)
