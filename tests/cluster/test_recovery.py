@@ -6,6 +6,7 @@ import secrets
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from dejavu.cluster.injection import FAULTS, Fault
 from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import read_csv
+from tests.measure.trace_processor import loaded
 from tests.model_zoo import make_checkpoint
 
 pytestmark = pytest.mark.timeout(200)
@@ -132,13 +134,28 @@ CASES = {
     ),
 }
 
+LOST = ("prompt stage 0 (rank 1)", "token stage 1 (rank 3)", "token stage 0 (rank 2)")  # of prompt-token-lost
+
+
+@pytest.fixture(scope="module")
+def recovered(base):
+    """Give what runs a case, each once."""
+    directory, arguments = base
+
+    @cache
+    def run(name):
+        options, faults, _, _ = CASES[name]
+        return serve(directory / name, *arguments, *options, faults=faults)
+
+    return run
+
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_output_is_that_of_a_run_without_failure(base, expected, name):
-    directory, arguments = base
+def test_every_output_is_that_of_a_run_without_failure(base, expected, recovered, name):
+    directory, _ = base
     options, faults, targets, least_recomputed = CASES[name]
     segments = set(SHARED_MEMORY.iterdir())
-    done = serve(directory / name, *arguments, *options, faults=faults)
+    done = recovered(name)
     said = f"{done.stdout}\n{done.stderr}"
     assert done.returncode == 0, said
     assert read_outputs(directory / name) == expected
@@ -154,6 +171,21 @@ def test_every_output_is_that_of_a_run_without_failure(base, expected, name):
     assert said.count("serving again after") + said.count("serving went on after") == len(faults)
     assert done.left == []
     assert not [path for path in set(SHARED_MEMORY.iterdir()) - segments if path.name.startswith("dejavu")]
+
+
+def test_perfetto_opens_the_trace_of_a_run_that_lost_ranks(base, recovered, tmp_path):
+    directory, _ = base
+    name = "prompt-token-lost"
+    recovered(name)
+    events = json.loads((directory / name / "trace.json").read_text())["traceEvents"]
+    with loaded(directory / name / "trace.json", tmp_path) as perfetto:
+        assert not list(perfetto.query("select name from stats where severity != 'info' and value > 0"))
+        found = {row.name for row in perfetto.query("select name from slice where category = 'failure'")}
+        assert found == {f"{who} {what}" for who in LOST for what in ("lost", "recovered")}
+        slices = list(perfetto.query("select slice.id from slice join thread_track on track_id = thread_track.id"))
+        arrows = list(perfetto.query("select id from flow"))
+    assert len(slices) == sum(event["ph"] == "X" for event in events)
+    assert len(arrows) == sum(event["ph"] in "tf" for event in events) > 0
 
 
 def test_without_a_spare_left_the_run_ends_with_who_died(base, tmp_path):

@@ -1,4 +1,4 @@
-"""The timeline: valid JSON whose slices, names and arrows obey the Trace Event Format."""
+"""The timeline: valid JSON whose slices, names and arrows obey the Trace Event Format, and say so to Perfetto."""
 
 import json
 import math
@@ -9,6 +9,8 @@ from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord
 from dejavu.measure.trace import Tracks, write_trace
 from dejavu.request import Completion, FinishReason, Request
+
+from .trace_processor import loaded
 
 NAMES = Tracks({0: "controller", 1: "stage 0", 2: "stage 1"})
 
@@ -188,3 +190,49 @@ def test_failures_are_marks_through_all_tracks(tmp_path):
         ("token stage 1 (rank 2) recovered", 6e5, "g"),
         ("spare (rank 3) lost", 7e5, "g"),
     ]
+
+
+ARROWS = """
+    with pass as (
+        select slice.id as id, pid, slice.name as name, ts from slice join thread_track on track_id = thread_track.id
+        join thread using (utid) join process using (upid)
+    )
+    select source.pid as source, source.name as name, target.pid as target, target.ts as ts
+    from flow join pass source on slice_out = source.id join pass target on slice_in = target.id"""
+
+
+def test_perfetto_finds_tracks_arrows_and_failures(tmp_path):
+    row = request_row("a", 0.0, 0.0, 0.081, 0.3, FinishReason.STOP)
+    row.token_start_s = 0.2
+    tracks = Tracks({0: "controller", 1: "prompt stage 0", 2: "token stage 0"}, (0, 1), hands_over=True)
+    transfers = [TransferRecord(1 + end, "kv", "ipc", 1, 2, 10**6, 0.05, 0.07) for end in range(2)]
+    failures = [FailureRecord(0, "token stage 0", 2, "death", detected_s=0.22, resumed_s=0.23)]
+    write_trace(tmp_path / "trace.json", tracks, prompts_and_tokens(), [row], transfers, failures)
+    with loaded(tmp_path / "trace.json", tmp_path) as perfetto:
+        assert not list(perfetto.query("select name from stats where severity != 'info' and value > 0"))
+        work = perfetto.query(
+            "select process.name as rank, thread.name as thread, count(*) as slices, sum(dur) as ns from slice join "
+            "thread_track on track_id = thread_track.id join thread using (utid) join process using (upid) "
+            "group by 1, 2 order by 1, 2"
+        )
+        assert [(item.rank, item.thread, item.slices, item.ns) for item in work] == [
+            ("rank 1: prompt stage 0", "compute", 2, 160_000_000),
+            ("rank 1: prompt stage 0", "kv (ipc)", 1, 20_000_000),
+            ("rank 2: token stage 0", "compute", 4, 36_000_000),
+            ("rank 2: token stage 0", "kv (ipc)", 1, 20_000_000),
+        ]
+        assert [(arrow.source, arrow.name, arrow.target, arrow.ts) for arrow in perfetto.query(ARROWS)] == [
+            (1, "prompt m0", 2, 200_000_000)
+        ]
+        marks = perfetto.query("select name, ts, dur from slice where category = 'failure' order by ts")
+        assert [(mark.name, mark.ts, mark.dur) for mark in marks] == [
+            ("token stage 0 (rank 2) lost", 220_000_000, 0),
+            ("token stage 0 (rank 2) recovered", 230_000_000, 0),
+        ]
+        phases = perfetto.query("select name, depth, dur from slice where category = 'request' order by depth, ts")
+        assert [(phase.name, phase.depth, phase.dur) for phase in phases] == [
+            ("request a", 0, 300_000_000),
+            ("waiting", 1, 0),
+            ("prompt", 1, 81_000_000),
+            ("tokens", 1, 219_000_000),
+        ]
