@@ -1,6 +1,7 @@
 """The program `dejavu`: its commands, and how errors end it."""
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -78,10 +79,12 @@ def one_line(message: str) -> str:
 
 
 def complain(message: str, exit_code: int, *, everywhere: bool = False) -> int:
-    """Write an error in one line to stderr; of ranks that all find the same error, rank 0 alone."""
+    """Write an error in one line to stderr; of ranks that all find the same error, the first of each host alone."""
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMIX_RANK", "0"))
-    if rank == "0" or everywhere:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    is_first = rank == "0" or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") == "0"
+    if is_first or everywhere:
+        host = "" if rank == "0" else f"{socket.gethostname()}: "
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {host}{message}", err=True)
     return exit_code
 
 

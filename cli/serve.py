@@ -98,12 +98,15 @@ def show(config: ServeConfig, arguments: list[str]) -> int:
     """Print the rank table and the mpirun line; reads a model's shape, never its weights."""
     from dejavu.cluster.job import device_names
     from dejavu.cluster.jobs import plan_launch, show_line
+    from dejavu.cluster.launcher import planned_hosts
     from dejavu.model.resolve import resolve_model
 
     console = Console()
     topology = build_topology(config, resolve_model(config.model, "dummy").spec, required_ranks(config))
-    console.print(rank_table(topology, device_names(config)))
-    show_line(console, plan_launch(required_ranks(config), arguments, console, hostfile=config.hostfile))
+    launch = plan_launch(required_ranks(config), arguments, console, hostfile=config.hostfile)
+    hosts = planned_hosts(config.hostfile, required_ranks(config))
+    console.print(rank_table(topology, device_names(config), hosts))
+    show_line(console, launch)
     return 0
 
 
@@ -124,15 +127,19 @@ def start(config: ServeConfig, arguments: list[str]) -> int:
     )
 
 
-def rank_table(topology: Topology, devices: Sequence[str]) -> Table:
-    """Lay out which rank does what, and on which of this host's devices, taken in turn."""
+def rank_table(topology: Topology, devices: Sequence[str], hosts: Sequence[str] = ()) -> Table:
+    """Lay out which rank does what, on which of its host's devices: taken in turn, and as they are on this host."""
     table = Table("rank", "role", "stage", "layers", "tensor rank", "device", title="Ranks", title_justify="left")
+    if hosts:
+        table.add_column("host")
     for placement in topology.placements:
-        shard = placement.shard
-        cells = [str(placement.rank), placement.role.value]
+        rank, shard = placement.rank, placement.shard
+        cells = [str(rank), placement.role.value]
         if shard:
             layers = f"{shard.first_layer}-{shard.last_layer - 1}"
             cells += [str(placement.stage), layers, f"{shard.tp_rank} of {shard.tp_size}"]
-            cells += [devices[(placement.rank - 1) % len(devices)]]
-        table.add_row(*cells)
+            before = hosts[1:rank].count(hosts[rank]) if hosts else rank - 1
+            cells += [devices[before % len(devices)]]
+        cells += [""] * (6 - len(cells))
+        table.add_row(*cells, *hosts[rank : rank + 1])
     return table

@@ -2,22 +2,30 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 
+import click
 import pytest
 
 from dejavu.assets import data_names, data_path
-from dejavu.config import load_config
+from dejavu.config import ServeConfig, load_config
 from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord
 from dejavu.measure.summary import summarize
+from dejavu.model.resolve import resolve_model
+from dejavu.topology import build_topology, required_ranks
 from tests.documentation import PAGE, ROOT, filled
 
-PAGES = [ROOT / "README.md", PAGE]
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "notes.md"})]
+RUN_ELSEWHERE = {"planning.md"}  # tests/planning/test_commands.py runs its blocks
 BLOCK = re.compile(r"(?:^<!-- (?P<marker>\w+):[^\n]*-->\n)?^```sh\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-MARKERS = {None, "make", "gpu", "hub"}
+INLINE = re.compile(r"(?<!`)`(dejavu [^`]+)`(?!`)")
+MARKERS = {None, "make", "checked"}  # run; print what make would do; check the options only, as running takes too long
 
 
 def blocks(page):
@@ -25,9 +33,39 @@ def blocks(page):
 
 
 def shell_blocks():
-    """Give each block once, also where both pages have it."""
-    found = {block: f"{page.name}-{number}" for page in PAGES for number, block in enumerate(blocks(page))}
+    """Give each block once, also where several pages have it."""
+    pages = [page for page in PAGES if page.name not in RUN_ELSEWHERE]
+    found = {block: f"{page.name}-{number}" for page in pages for number, block in enumerate(blocks(page))}
     return [pytest.param(*block, id=name) for block, name in found.items()]
+
+
+def command_lines(text):
+    """Give the arguments of each `dejavu` in some lines of shell, up to where the shell goes on."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = list(takewhile(lambda word: word not in {"|", ">", "&&"}, shlex.split(line, comments=True)))
+        program = next((word for word in words if word == "dejavu" or word.endswith("slurm.sbatch")), None)
+        if program:
+            arguments = words[words.index(program) + 1 :]
+            yield arguments if program == "dejavu" else ["serve", *arguments]
+
+
+def find_command(arguments):
+    """Give the command that some arguments name, its name, and what is left of them."""
+    command, name = import_module("dejavu.cli.main").command, "dejavu"
+    while isinstance(command, click.Group) and arguments and arguments[0].islower():
+        name, command, arguments = command.resolve_command(click.Context(command), list(arguments))
+    return command, name, list(arguments)
+
+
+def check(arguments):
+    """Read arguments as the command line does, and where a job would be started, lay out its ranks."""
+    command, name, rest = find_command(arguments)
+    values = command.make_context(name, rest).params
+    if "profile" in values and name in ("serve", "fail-inject") and not values.get("resume"):
+        options = import_module("dejavu.cli.options")
+        own = {key: value for key, value in values.items() if key in ServeConfig.model_fields}
+        config = load_config(options.find_profile(values["profile"]), options.given(own))
+        build_topology(config, resolve_model(config.model, "dummy").spec, required_ranks(config))
 
 
 def environment():
@@ -41,8 +79,10 @@ def environment():
 @pytest.mark.parametrize(("marker", "text"), shell_blocks())
 def test_commands_run(marker, text, tmp_path):
     assert marker in MARKERS
-    if marker in ("gpu", "hub"):
-        pytest.skip(f"needs a {marker}")
+    for arguments in command_lines(text):
+        check(arguments)
+    if marker == "checked":
+        return
     settings = environment()
     if marker == "make":
         settings["MAKEFLAGS"] = "-n"  # print what would be done
@@ -64,7 +104,18 @@ def test_commands_run(marker, text, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_commands_is_found(page):
-    assert len(blocks(page)) == page.read_text(encoding="utf-8").count("```sh\n") > 3
+    assert len(blocks(page)) == page.read_text(encoding="utf-8").count("```sh\n")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "results" / "published" / "README.md"], ids=lambda page: page.name)
+def test_commands_in_sentences_are_there(page):
+    """What stands in a sentence may have words such as NAME for values; commands and options have to exist."""
+    for text in INLINE.findall(page.read_text(encoding="utf-8")):
+        command, _, rest = find_command(text.split()[1:])
+        known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)} | {"--help"}
+        flags = {word for word in rest if word.startswith("--")}
+        takes_any = command.context_settings.get("ignore_unknown_options", False)
+        assert takes_any or flags <= known, f"{text}: {flags - known}"
 
 
 def test_tables_are_those_of_the_code():

@@ -112,6 +112,23 @@ def check_hostfile(hostfile: str | None) -> None:
         raise UsageError(f"hostfile {hostfile!r} names no host: write lines such as `node1 slots=4`")
 
 
+def planned_hosts(hostfile: str | None, num_ranks: int) -> list[str]:
+    """Give each rank's host, as ranks fill the slots of a hostfile in order.
+
+    Nothing where mpirun decides: without a hostfile, where a line names no slots, or where they are too few.
+    """
+    if hostfile is None:
+        return []
+    lines = [line.split("#")[0].split() for line in Path(hostfile).read_text(encoding="utf-8").splitlines()]
+    hosts: list[str] = []
+    for name, *settings in filter(None, lines):
+        slots = [setting.removeprefix("slots=") for setting in settings if setting.startswith("slots=")]
+        if not slots or not slots[0].isdecimal():
+            return []
+        hosts += [name] * int(slots[0])
+    return hosts[:num_ranks] if len(hosts) >= num_ranks else []
+
+
 def rank_environment(
     environment: Mapping[str, str], terminal: Terminal, run_dir: Path | None, job: str | None
 ) -> dict[str, str]:

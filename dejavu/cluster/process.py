@@ -45,10 +45,16 @@ def read_result(directory: RunDirectory) -> JobResult | None:
 
 def record(result: JobResult) -> bool:
     """Write the result where the job has a run directory; give False if another rank has written one before."""
-    path = os.environ.get(RUN_DIR)
-    if not path or not Path(path).is_dir():
+    if not has_run_directory():
         return True
-    return RunDirectory(Path(path)).write_result(result.outcome, result.exit_code, result.error, result.rank)
+    directory = RunDirectory(Path(os.environ[RUN_DIR]))
+    return directory.write_result(result.outcome, result.exit_code, result.error, result.rank)
+
+
+def has_run_directory() -> bool:
+    """Tell whether the job has a run directory, and this host sees it: hosts need not share one."""
+    path = os.environ.get(RUN_DIR, "")
+    return path != "" and Path(path).is_dir()
 
 
 def set_parent_death_signal(signum: int) -> None:
@@ -114,7 +120,7 @@ def refuse(error: BaseException) -> int:
     if isinstance(error, EndedByPeerError):
         time.sleep(HEARSAY_S)
     first = record(result)
-    report(error, result, first=first, supervised=JOB in os.environ)
+    report(error, result, first=first, supervised=JOB in os.environ and has_run_directory())
     sys.stdout.flush()
     return result.exit_code
 

@@ -107,7 +107,7 @@ def listen(address: str) -> socket.socket:
         return socket.create_server((address, 0), backlog=128)
     except OSError as error:
         raise UnavailableError(
-            f"cannot listen on {address} ({error.strerror}): name an interface of this host"
+            f"cannot listen on {address} ({error.strerror}): name an interface of this host in DEJAVU_TCP_INTERFACE"
         ) from error
 
 
@@ -150,7 +150,9 @@ def own_address(interface: str | None, hosts: list[str], rank: int) -> str:
             probe.connect((others[0], 9))  # sends nothing, chooses the route
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise UnavailableError(f"no route to {others[0]} ({error}): name the interface that leads to it") from error
+        raise UnavailableError(
+            f"no route to {others[0]} ({error}): name the interface or address that leads to it in DEJAVU_TCP_INTERFACE"
+        ) from error
 
 
 def _address_of(interface: str) -> str:

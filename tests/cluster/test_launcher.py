@@ -8,6 +8,7 @@ from dejavu.cluster.launcher import (
     check_hostfile,
     find_mpirun,
     forwarded,
+    planned_hosts,
     rank_program,
     without_mpi,
     world_rank,
@@ -142,3 +143,17 @@ def test_hostfile_has_to_name_a_host(tmp_path):
         check_hostfile(str(hosts))
     hosts.write_text("# one\nnode1 slots=4\n")
     check_hostfile(str(hosts))
+
+
+@pytest.mark.parametrize(
+    ("lines", "num_ranks", "hosts"),
+    [
+        ("# two\nnode1 slots=2 max_slots=4\n\nnode2 slots=3 # more\n", 4, ["node1", "node1", "node2", "node2"]),
+        ("node1 slots=2\nnode2\n", 3, []),
+        ("node1 slots=2\n", 3, []),
+    ],
+)
+def test_ranks_fill_the_slots_of_hosts_in_order(tmp_path, lines, num_ranks, hosts):
+    (tmp_path / "hosts").write_text(lines)
+    assert planned_hosts(str(tmp_path / "hosts"), num_ranks) == hosts
+    assert planned_hosts(None, num_ranks) == []

@@ -72,6 +72,9 @@ def test_error_of_the_user_is_one_line_by_the_supervisor_or_else_by_the_rank(tmp
     (tmp_path / "result.json").unlink()
     done = run(tmp_path, "usage", OMPI_COMM_WORLD_RANK="0", DEJAVU_JOB="x")
     assert (done.returncode, done.stderr) == (2, "")
+    elsewhere = str(tmp_path / "not on this host")
+    done = run(tmp_path, "usage", OMPI_COMM_WORLD_RANK="3", DEJAVU_JOB="x", DEJAVU_RUN_DIR=elsewhere)
+    assert (done.returncode, done.stderr) == (2, "error: no model 'x'\n")
 
 
 def test_result_names_the_kind_of_the_error():

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ class Engine:
                 assert not message.fatal_error, message.fatal_error
                 yield message
 
-    def query(self, arguments: bytes) -> bytes:
+    def query(self, arguments: bytes) -> Any:
         """Run a query; give all its batches as one result."""
         result = self.protos.QueryResult()
         for message in self.call("TPM_QUERY_STREAMING", query_args=self.protos.QueryArgs.FromString(arguments)):
@@ -68,7 +69,7 @@ class Engine:
                 return result.SerializeToString()
         raise AssertionError
 
-    def answer(self, path: str, body: bytes) -> bytes:
+    def answer(self, path: str, body: bytes) -> Any:
         """Answer one request, of the client or of the page."""
         match path:
             case "/request":

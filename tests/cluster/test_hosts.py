@@ -1,0 +1,131 @@
+"""A job on two hosts, started as Slurm does: two network namespaces of this machine, stand-ins for its commands."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dejavu.cluster.injection import FAULTS, Fault
+from dejavu.measure.failures import FailureRecord
+from dejavu.measure.records import TransferRecord, read_csv
+from tests.model_zoo import make_checkpoint
+
+pytestmark = pytest.mark.timeout(150)
+
+REPOSITORY = Path(__file__).parents[2]
+ON = """#!/bin/bash
+# NODE COMMAND...: run a command on a host
+space={space}$1
+exec ip netns exec $space setsid -w unshare --uts --mount bash -c \
+    'mount --bind {directory}/hosts /etc/hosts; hostname $0; exec "$@"' "$@"
+"""
+SRUN = """#!/bin/bash
+[ "$1" = --version ] && echo "slurm 23.11.4" && exit
+number=0
+while [[ $1 == -* ]]; do [[ $1 == --nodelist=* ]] && nodes=${{1#*=}}; shift; done
+for node in ${{nodes//,/ }}; do
+    SLURM_PROCID=$number SLURM_NODEID=$number SLURM_LOCALID=0 {directory}/on $node "$@" &
+    number=$((number + 1))
+done
+wait
+"""
+SCONTROL = """#!/bin/bash
+[ "$*" = "show hostnames node[1-2]" ] && printf '%s\\n' node1 node2
+"""
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOBID": "77",
+    "SLURM_NODELIST": "node[1-2]",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_NTASKS_PER_NODE": "3",
+    "SLURM_TASKS_PER_NODE": "3(x2)",
+    "SLURM_CPUS_ON_NODE": "3",
+    "SLURM_JOB_CPUS_PER_NODE": "3(x2)",
+}
+PROMPT = [5, 6, 7]
+
+
+def ip(*arguments, check=True):
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=check)
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Make two hosts that a cable joins; give the directory of the commands that Slurm would have."""
+    prefix = f"dv{os.getpid()}"
+    if shutil.which("ip") is None or os.geteuid() or ip("netns", "add", f"{prefix}node1", check=False).returncode:
+        pytest.skip("no second host: namespaces need root and iproute2")
+    try:
+        ip("netns", "add", f"{prefix}node2")
+        ends = [f"name lan netns {prefix}node{number}".split() for number in (1, 2)]
+        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+        for number in (1, 2):
+            inside = ("-n", f"{prefix}node{number}")
+            ip(*inside, "addr", "add", f"10.77.0.{number}/24", "dev", "lan")
+            ip(*inside, "link", "set", "lan", "up")
+            ip(*inside, "link", "set", "lo", "up")
+        (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n")
+        for name, text in {"on": ON, "srun": SRUN, "scontrol": SCONTROL}.items():
+            (tmp_path / name).write_text(text if name == "scontrol" else text.format(directory=tmp_path, space=prefix))
+            (tmp_path / name).chmod(0o755)
+        yield tmp_path
+    finally:
+        for number in (1, 2):
+            for process in ip("netns", "pids", f"{prefix}node{number}", check=False).stdout.split():
+                os.kill(int(process), 9)
+            ip("netns", "del", f"{prefix}node{number}", check=False)
+
+
+def expected_tokens(model, count):
+    """Give what transformers generates."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model)
+    reference.generation_config.eos_token_id = None
+    return reference.generate(torch.tensor([PROMPT]), max_new_tokens=count, do_sample=False)[0, len(PROMPT) :].tolist()
+
+
+def test_slurm_template_serves_on_two_hosts_and_goes_on_from_the_other_ones_replica(hosts):
+    """Prompts on the first host, the last token stage and the spare on the second; that stage's device is lost."""
+    model = make_checkpoint("llama", hosts / "model")
+    request = {"prompt_token_ids": PROMPT, "max_tokens": 24, "ignore_eos": True}
+    (hosts / "workload.jsonl").write_text(json.dumps(request) + "\n")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))
+    }
+    environment |= {
+        "PATH": f"{hosts}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    environment |= {"OMPI_MCA_btl_tcp_if_include": "lan", "PRTE_MCA_prte_if_include": "lan", **SLURM}
+    environment |= {FAULTS: json.dumps([asdict(Fault(3, "kill", step=8, loses_memory=True))])}
+    template = [
+        "bash",
+        REPOSITORY / "launch" / "slurm.sbatch",
+        "--model",
+        model,
+        "--workload",
+        hosts / "workload.jsonl",
+    ]
+    stages = ["--prompt-pp", 1, "--token-pp", 2, "--transport", "tcp", "--spares", 1, "--replicate", "ring"]
+    command = [hosts / "on", "node1", *template, *stages, "--threads", 1, "--out", hosts / "run"]
+    done = subprocess.run(
+        [*map(str, command)], cwd=hosts, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    output = json.loads((hosts / "run" / "outputs.jsonl").read_text())
+    assert output["token_ids"] == expected_tokens(model, 24)
+    ranks = yaml.safe_load((hosts / "run" / "run.yaml").read_text())["ranks"]
+    assert [rank["host"] for rank in ranks][:4] == ["node1", "node1", "node1", "node2"]
+    (failure,) = read_csv(hosts / "run" / "failures.csv", FailureRecord)
+    assert (failure.target, failure.prompts_recomputed) == ("token stage 1", 0)
+    assert failure.bytes_restored > 0
+    assert "tcp" in {copy.transport for copy in read_csv(hosts / "run" / "transfers.csv", TransferRecord)}
