@@ -200,9 +200,10 @@ def serve(channel: "Channel", config: ServeConfig) -> Served:
 
 
 def drive(controller: "Controller", requests: "Sequence[Request]") -> "list[Completion]":
-    """Warm up, then serve all requests at once."""
-    sampling = replace(requests[0].sampling, max_tokens=3, ignore_eos=True)
-    controller.generate([replace(r, request_id=f"warm {i}", sampling=sampling) for i, r in enumerate(requests[:4])])
+    """Warm up with one request for each row, then serve all requests at once."""
+    sampling, num_rows = replace(requests[0].sampling, max_tokens=3, ignore_eos=True), len(requests) // ROUNDS
+    warm = [replace(r, request_id=f"warm {i}", sampling=sampling) for i, r in enumerate(requests[:num_rows])]
+    controller.generate(warm)
     controller.wait_clean()
     start_s = controller.clock.now_s() + 0.02
     return controller.generate([replace(request, arrival_s=start_s) for request in requests])
