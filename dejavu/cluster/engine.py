@@ -16,6 +16,7 @@ from dejavu.cluster.keeping import (
     RestoredPool,
     open_replica_carrier,
     outlives_worker,
+    take_flushed,
     take_pool,
     take_weights,
 )
@@ -43,6 +44,7 @@ from dejavu.engine.swapping import SwapMover
 from dejavu.engine.text import StreamFactory
 from dejavu.engine.timeline import DeviceTimeline, HostTimeline, Timeline
 from dejavu.engine.worker import GivenBlocks, Stage, Worker
+from dejavu.kv.flushed import FlushedRow, FlushedRows
 from dejavu.kv.layout import PoolLayout, RowMap
 from dejavu.kv.plan import Resharding
 from dejavu.kv.pool import KVPool
@@ -192,8 +194,9 @@ class Holdings:
     """Hold what a worker keeps when another rank dies: its part of the model, KV memory, and what it has recorded.
 
     The pool is `memory` as [block, layer, k/v, token, kv_head, head_dim]: zeros, or with `has_kv` what this place's
-    last process or epoch left there. Synthetic stages have none; swapped memory is made anew, and what was in it is
-    lost. `kept_bytes` are those that this process found, until it has told.
+    last process or epoch left there. Synthetic stages have none; of swapped KV `memory` is all of it, on the host, and
+    `flushed` says what has come there, while the device's part is made anew. `kept_bytes` are those that this process
+    found, until it has told.
     """
 
     stage: Stage
@@ -202,6 +205,7 @@ class Holdings:
     meter: CpuMeter
     has_kv: bool = False
     kept_bytes: int = 0
+    flushed: FlushedRows | None = None
     steps: list[StepRecord] = field(default_factory=list)
 
 
@@ -270,6 +274,19 @@ def make_all_reduce(site: Site, links: Links) -> AllReduce | None:
     return links.sums or (lambda tensor: channel.all_reduce(tensor, ranks))
 
 
+def hold_swapped(site: Site, stage: Stage, stack: ExitStack) -> Holdings:
+    """Take the host memory of a place that swaps, and what says how much of it is valid; `stack` gives both back."""
+    assert site.vault
+    layout = rank_cache(site.setup, site.placement).layout
+    memory, has_kv = take_pool(site.vault, site.device, site.placement, layout, Location.HOST)
+    stack.enter_context(memory)
+    flushed = stack.enter_context(take_flushed(site.vault, site.device, site.placement, site.pipeline.shape))
+    if not has_kv:
+        flushed.clear()
+    kept_bytes = memory.nbytes if has_kv else 0
+    return Holdings(stage, make_empty_pool(site), memory, CpuMeter(), has_kv, kept_bytes, flushed)
+
+
 @dataclass(frozen=True, slots=True)
 class SwappedMemory:
     """Hold a rank's swapped KV memory: the device's part [block, layer, k/v, token, kv_head, head_dim], and all of it.
@@ -282,8 +299,8 @@ class SwappedMemory:
     host: KVPool | None
 
 
-def make_swap(site: Site, stack: ExitStack) -> SwappedMemory:
-    """Take swapped KV memory, of which the keeper has the host's, and what swaps it; `stack` gives both back."""
+def make_swap(site: Site, holdings: Holdings, stack: ExitStack) -> SwappedMemory:
+    """Take the device's part of swapped KV memory, and what swaps it; `stack` gives both back."""
     setup, shape, cache, device = site.setup, site.pipeline.shape, site.cache, site.device
     books = Residency(shape.num_microbatches, shape.microbatch_size, cache.blocks_per_row, setup.config.resident)
     whole = rank_cache(setup, site.placement)
@@ -291,14 +308,14 @@ def make_swap(site: Site, stack: ExitStack) -> SwappedMemory:
         simulated = SimulatedLink(whole.layout.bytes_per_token, setup.config.synthetic_link)
         mover = SwapMover(device, books, simulated, device.compute_stream)
         return SwappedMemory(stack.enter_context(closing(mover)), make_empty_pool(site), None)
-    assert site.vault
+    assert holdings.memory
     layout = replace(whole.layout, num_blocks=cache.device_blocks)
     memory = stack.enter_context(device.allocate_exportable(layout.total_bytes))
     device.fill(memory, 0, stream=device.compute_stream)
-    kept = stack.enter_context(take_pool(site.vault, device, site.placement, whole.layout, Location.HOST)[0])
-    host = KVPool(device, whole, make_rows(site), dtype_of(setup), memory=kept)
+    host = KVPool(device, whole, make_rows(site), dtype_of(setup), memory=holdings.memory)
     device.synchronize()
-    mover = SwapMover(device, books, PoolLink(device, layout, memory, host.memory), device.compute_stream)
+    link = PoolLink(device, layout, memory, host.memory)
+    mover = SwapMover(device, books, link, device.compute_stream, holdings.flushed)
     tensor = memory.view(0, layout.total_bytes).tensor(dtype_of(setup), layout.shape)
     return SwappedMemory(stack.enter_context(closing(mover)), tensor, host)
 
@@ -326,6 +343,9 @@ def make_mover(
     source, layout_of = ReplicaSource(device, pool.memory, stream), partial(pool_layout, setup)
     replicating = Replicating(site.channel, setup, site.vault, source, not holdings.has_kv, layout_of, carrier)
     replicators, restored = replicating.start(ties)
+    if holdings.flushed is not None:
+        for place, row in restored.rows.items():
+            holdings.flushed.admit(FlushedRow(place, row.serial, row.length))
     return Movers([*movers, *replicators]) if movers or replicators else NoMover(), restored
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dejavu.cluster.launcher import JOB, SUPERVISOR
+from dejavu.config import PipelineShape
 from dejavu.device.base import Buffer, Device, Location
 from dejavu.device.keeper_line import Guardian
 from dejavu.device.vault import Vault
 from dejavu.engine.replication import DirectReplicator, PassFollower, ReplicaHolder, ReplicaSource, SendingReplicator
-from dejavu.engine.ring import pool_name, replica_holder, replica_name, replica_owner, weights_name
+from dejavu.engine.ring import flushed_name, pool_name, replica_holder, replica_name, replica_owner, weights_name
 from dejavu.engine.setup import EngineSetup
+from dejavu.kv.flushed import FlushedRows
 from dejavu.kv.layout import PoolLayout
 from dejavu.kv.replica import HeldRow, Place, ReplicaStore, StoreShape, block_message, filled_blocks
 from dejavu.model.weight_arena import WeightArena
@@ -107,6 +109,16 @@ def take_pool(
     return take_memory(vault, device, pool_name(placement), layout.total_bytes, location)
 
 
+def take_flushed(vault: Vault, device: Device, placement: Placement, shape: PipelineShape) -> FlushedRows:
+    """Give what says how much of each request a place's host memory has, or a new one."""
+    kept = vault.get(flushed_name(placement), device)
+    if kept is not None:
+        return FlushedRows(kept[0], shape.num_microbatches, shape.microbatch_size)
+    rows = FlushedRows.allocate(device, shape.num_microbatches, shape.microbatch_size)
+    vault.put(flushed_name(placement), rows.memory)
+    return rows
+
+
 def take_weights(
     vault: Vault, device: Device, placement: Placement, arena: WeightArena, load: "Callable[[Allocate], Weights]"
 ) -> "tuple[Weights, Buffer]":
@@ -172,6 +184,11 @@ class RestoredPool:
     rows: dict[Place, HeldRow] = field(default_factory=dict)
     nbytes: int = 0
     seconds: float = 0.0
+
+    @property
+    def tokens(self) -> dict[int, int]:
+        """Give how many tokens of each request came back, by its serial."""
+        return {row.serial: row.length for row in self.rows.values()}
 
 
 @dataclass(frozen=True, slots=True)

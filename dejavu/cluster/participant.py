@@ -15,6 +15,7 @@ from dejavu.cluster.engine import (
     Holdings,
     Site,
     dtype_of,
+    hold_swapped,
     make_all_reduce,
     make_empty_pool,
     make_mover,
@@ -47,8 +48,10 @@ def hold(site: Site, links: Links, stack: ExitStack) -> Holdings:
     stage, weight_bytes = make_stage(site, make_all_reduce(site, links), stack)
     if site.channel.membership.epoch == 0:
         claim_memory(site.channel, site.setup, site.placement, site.device, weight_bytes)
-    if not site.vault or site.cache.is_swapped:
+    if not site.vault:
         return Holdings(stage, make_empty_pool(site), None, CpuMeter())
+    if site.cache.is_swapped:
+        return hold_swapped(site, stage, stack)
     layout = rank_cache(site.setup, site.placement).layout
     memory, has_kv = take_pool(site.vault, site.device, site.placement, layout)
     pool = stack.enter_context(memory).view(0, layout.total_bytes).tensor(dtype_of(site.setup), layout.shape)
@@ -92,14 +95,14 @@ class Participant:
             site = Site(channel, self.setup, placement, device, self.join_keeper())
             links = open_links(site, ties)
             holdings = self.holdings = self.hold(site, links)
-            swap = make_swap(site, ties) if site.cache.is_swapped else None
+            swap = make_swap(site, holdings, ties) if site.cache.is_swapped else None
             mover, restored = make_mover(site, comm, holdings, swap, ties)
             prepare_steps(site, holdings.stage, swap.tensor if swap else holdings.pool)
-            tokens = {row.serial: row.length for row in restored.rows.values()}
+            tokens = holdings.flushed.lengths() if holdings.flushed is not None else restored.tokens
             found = tuple(links.describe()), holdings.has_kv, tokens, restored.nbytes, restored.seconds
             channel.send(CONTROLLER, Ready(time.monotonic() - started, *found, holdings.kept_bytes))
             self.end_rehearsal()
-            holdings.has_kv, holdings.kept_bytes = swap is None, 0
+            holdings.has_kv, holdings.kept_bytes = swap is None or holdings.flushed is not None, 0
             clock = join_clock(channel)
             worker = make_worker(site, holdings, swap, mover, links, clock)
             self.lay_tripwire(worker, clock)

@@ -13,6 +13,7 @@ from dejavu.cluster.engine import (
     Site,
     build_stage,
     dtype_of,
+    hold_swapped,
     make_all_reduce,
     make_empty_pool,
     rank_cache,
@@ -151,10 +152,11 @@ class Rehearsal:
         if not self.is_ready(placement, self.vault.contents()):
             return None
         rehearsed = self.places.pop(placement.rank)
-        has_kv = not self.is_swapped(placement)
-        if rehearsed.is_own:
-            has_kv = self.move_here(placement, rehearsed)
+        has_kv = self.move_here(placement, rehearsed) if rehearsed.is_own else True
         stack.enter_context(rehearsed.ties)
+        if self.is_swapped(placement):
+            site = Site(self.channel, self.setup, placement, self.device, self.vault)
+            return hold_swapped(site, rehearsed.stage, stack)
         memory = rehearsed.memory
         kept_bytes = memory.nbytes if memory and has_kv else 0
         return Holdings(rehearsed.stage, rehearsed.pool, memory, CpuMeter(), has_kv, kept_bytes)

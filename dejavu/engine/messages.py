@@ -159,7 +159,7 @@ class Ready:
     load_s: float
     notes: tuple[str, ...] = ()  # how its GPU is joined to others
     keeps_kv: bool = False  # what the pool held before the failure, it holds still
-    tokens: Mapping[int, int] = field(default_factory=dict)  # else: of each request, by serial, the first so many
+    tokens: Mapping[int, int] = field(default_factory=dict)  # of requests, by serial; of others all or nothing
     restored_bytes: int = 0  # that came back from a replica
     restore_s: float = 0.0
     kept_bytes: int = 0  # of KV that a new process of this place found at the keeper

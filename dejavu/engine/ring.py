@@ -51,6 +51,11 @@ def pool_name(owner: Placement) -> str:
     return f"{place_name(owner)}/pool"
 
 
+def flushed_name(owner: Placement) -> str:
+    """Name what says how much of each request a place's swapped pool has."""
+    return f"{place_name(owner)}/flushed"
+
+
 def weights_name(owner: Placement) -> str:
     """Name a place's weights at the keeper."""
     return f"{place_name(owner)}/weights"

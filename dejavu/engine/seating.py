@@ -15,6 +15,7 @@ from dejavu.errors import CapacityError
 from dejavu.request import Request
 
 Send = Callable[[int, object], None]
+ALL_TOKENS = 1 << 62  # more than any request has
 
 
 @dataclass(slots=True)
@@ -57,10 +58,13 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Say what a failure has left of one pipeline's KV: all of it, or of each request the first so many tokens."""
+    """Say what a failure has left of one pipeline's KV: the first so many tokens of these requests, by their serials.
+
+    Of all others everything is there where it is `intact`, and else nothing.
+    """
 
     intact: bool
-    tokens: Mapping[int, int] = field(default_factory=dict)  # by serial, where not all is intact
+    tokens: Mapping[int, int] = field(default_factory=dict)
 
     def num_cached(self, admission: Admission, outputs: Sequence[int]) -> int:
         """Give the tokens with which a request can go on: at most all but the last, which is to be passed again."""
@@ -72,16 +76,15 @@ class Restored:
 
     def limit(self, serial: int, there: int) -> int:
         """Give how many of the `there` tokens of a request are left."""
-        return there if self.intact else min(there, self.tokens.get(serial, 0))
+        return min(there, self.tokens.get(serial, there if self.intact else 0))
 
 
 def join_restored(parts: Iterable[tuple[bool, Mapping[int, int]]]) -> Restored:
-    """Say what a pipeline's ranks have together: whether each has kept its KV, and which tokens it has otherwise."""
-    lost = [tokens for keeps_kv, tokens in parts if not keeps_kv]
-    if not lost:
-        return Restored(True)
-    everywhere = set(lost[0]).intersection(*lost)
-    return Restored(False, {serial: min(tokens[serial] for tokens in lost) for serial in everywhere})
+    """Say what a pipeline's ranks have together, of each of which it is told as `Restored` tells of all."""
+    ranks = [Restored(keeps_kv, tokens) for keeps_kv, tokens in parts]
+    named = set[int]().union(*(rank.tokens for rank in ranks))
+    left = {serial: min(rank.limit(serial, ALL_TOKENS) for rank in ranks) for serial in named}
+    return Restored(all(rank.intact for rank in ranks), left)
 
 
 @dataclass(slots=True)

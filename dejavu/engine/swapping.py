@@ -6,11 +6,13 @@ microbatches of the next passes are fetched into slots that others have left. Th
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from dejavu.device.base import Device, Event, Stream
-from dejavu.engine.handover import LayerDone, NoMover
+from dejavu.engine.handover import LOOK_EVERY_S, LayerDone, NoMover
 from dejavu.engine.messages import Report, Work
 from dejavu.engine.residency import Residency
+from dejavu.kv.flushed import FlushedRow, FlushedRows
 from dejavu.kv.swap import Lanes, Link, Part
 from dejavu.measure.records import TransferRecord
 
@@ -24,10 +26,13 @@ class SwapMover(NoMover):
     there later, or behind its events, finds them in host memory (a replica's copy to another rank, say).
     """
 
-    def __init__(self, device: Device, books: Residency, link: Link, stream: Stream) -> None:
-        """Order fetches before, and flushes behind, what `stream` computes."""
+    def __init__(
+        self, device: Device, books: Residency, link: Link, stream: Stream, flushed: FlushedRows | None = None
+    ) -> None:
+        """Order fetches before, and flushes behind, what `stream` computes; `flushed` tells a successor of these."""
         self.books = books
         self.stream = stream
+        self.flushed = flushed
         self.lanes = Lanes(device, link)
         self._computed = device.create_event()
         self._flushed = [device.create_event() for _ in range(books.num_microbatches)]
@@ -41,6 +46,9 @@ class SwapMover(NoMover):
         """Bring the pass's microbatch in, where it is not, and make compute wait for it."""
         for admission in (*work.seated, *work.admissions):
             self.books.admit(admission)
+            if self.flushed is not None:
+                place = admission.microbatch, admission.row
+                self.flushed.admit(FlushedRow(place, admission.serial, admission.num_cached))
         microbatch = work.microbatch
         wanted = [microbatch, *self.books.upcoming(microbatch)][: len(self.books.slots)]
         if microbatch not in self.books.slots:
@@ -63,7 +71,8 @@ class SwapMover(NoMover):
         """Flush the pass's new tokens, then bring in what comes next."""
         self._computed.record(self.stream)
         parts = self.books.computed(work)
-        self.lanes.run("flush", parts, [self._computed], self._flushed[work.microbatch])
+        landed = partial(self.flushed.extend, flushed_rows(work)) if self.flushed is not None else None
+        self.lanes.run("flush", parts, [self._computed], self._flushed[work.microbatch], landed)
         coming = self.books.upcoming(work.microbatch)
         self.prepare(coming, coming)
         self.look()
@@ -89,14 +98,14 @@ class SwapMover(NoMover):
             self.lanes.run("fetch", parts, [self._flushed[microbatch]], self._fetched[microbatch])
 
     def look(self) -> float:
-        """Take note of what has ended; raise the error of a copy that failed. Nobody waits for it."""
+        """Take note of what has ended; raise the error of a copy that failed. A successor's notes are not to lag."""
         self.lanes.look()
         for key, (start, end) in list(self._stalls.items()):
             if end.query():
                 self.stalls_ms[key] = end.elapsed_ms(start)
                 self.lanes.recycle(start, end)
                 del self._stalls[key]
-        return float("inf")
+        return LOOK_EVERY_S if self.flushed is not None and self.lanes.is_flushing else float("inf")
 
     def settle(self) -> None:
         """Wait until all is done and known."""
@@ -129,3 +138,8 @@ class SwapMover(NoMover):
         for timers in self._stalls.values():
             for event in timers:
                 event.close()
+
+
+def flushed_rows(work: Work) -> list[FlushedRow]:
+    """Say how much of each request is in host memory when a pass's new tokens are."""
+    return [FlushedRow((work.microbatch, row.row), row.serial, row.context + row.num_new) for row in work.rows]

@@ -12,7 +12,7 @@ What a lane has moved is timed on the device, and known when somebody looks.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -137,12 +137,21 @@ class Moved:
 
 @dataclass(slots=True)
 class Moving:
-    """Hold bytes on their way, between two events."""
+    """Hold bytes on their way, between two events; `landed` is called when somebody sees that they are there."""
 
     direction: Direction
     nbytes: int
     start: Event
     end: Event
+    landed: Callable[[], None] | None
+
+
+def is_sound(mark: Event) -> bool:
+    """Tell whether a mark is reached, and what is before it not void."""
+    try:
+        return mark.query()
+    except Exception:  # its stream's, which has been raised where it was met
+        return False
 
 
 class Lanes(Closing):
@@ -154,15 +163,25 @@ class Lanes(Closing):
         self.fetch_stream = device.create_stream("swap-fetch")
         self.flush_stream = device.create_stream("swap-flush")
         self.moved: list[Moved] = []
-        self._moving: deque[Moving] = deque()
+        self._moving: dict[Direction, deque[Moving]] = {"fetch": deque(), "flush": deque()}
         self._timers: list[Event] = []  # that nobody needs any more
         self._origin = device.create_event(timing=True)
         self._origin.record(self.fetch_stream)
         self._origin.synchronize()
         self.origin_s = time.monotonic()
 
-    def run(self, direction: Direction, parts: Sequence[Part], after: Sequence[Event], arrived: Event) -> None:
-        """Move parts behind the marks that `after` has now, and mark their arrival; only the mark without parts."""
+    def run(
+        self,
+        direction: Direction,
+        parts: Sequence[Part],
+        after: Sequence[Event],
+        arrived: Event,
+        landed: Callable[[], None] | None = None,
+    ) -> None:
+        """Move parts behind the marks that `after` has now, and mark their arrival; only the mark without parts.
+
+        `landed` is called from `look` when they have arrived, for each direction in the order of these calls.
+        """
         stream = self.fetch_stream if direction == "fetch" else self.flush_stream
         for event in after:
             event.wait(stream)
@@ -170,7 +189,7 @@ class Lanes(Closing):
             start = self.mark(stream)
             self.link.carry(direction, parts, stream)
             nbytes = count_tokens(parts) * self.link.bytes_per_token
-            self._moving.append(Moving(direction, nbytes, start, self.mark(stream)))
+            self._moving[direction].append(Moving(direction, nbytes, start, self.mark(stream), landed))
         arrived.record(stream)
 
     def mark(self, stream: Stream) -> Event:
@@ -185,13 +204,14 @@ class Lanes(Closing):
 
     def look(self) -> None:
         """Note what has been moved since; raises the error of a copy that failed."""
-        still: deque[Moving] = deque()
-        for moving in self._moving:
-            if moving.end.query():
-                self._note(moving)
-            else:
-                still.append(moving)
-        self._moving = still
+        for moving in self._moving.values():
+            while moving and moving[0].end.query():
+                self._note(moving.popleft())
+
+    @property
+    def is_flushing(self) -> bool:
+        """Tell whether there is a flush of which `look` has not seen the end."""
+        return bool(self._moving["flush"])
 
     def settle(self) -> None:
         """Wait for all that is on its way, and note it."""
@@ -200,10 +220,13 @@ class Lanes(Closing):
         self.look()
 
     def close(self) -> None:
-        """Finish what is on its way, and give streams and events back."""
+        """Finish what is on its way, note what of it is sound, and give streams and events back."""
         self.fetch_stream.close()
         self.flush_stream.close()
-        for moving in self._moving:
+        for queue in self._moving.values():
+            while queue and is_sound(queue[0].end):
+                self._note(queue.popleft())
+        for moving in (*self._moving["fetch"], *self._moving["flush"]):
             self.recycle(moving.start, moving.end)
         for event in (self._origin, *self._timers):
             event.close()
@@ -211,6 +234,8 @@ class Lanes(Closing):
     def _note(self, moving: Moving) -> None:
         start_s, end_s = (self.origin_s + event.elapsed_ms(self._origin) / 1e3 for event in (moving.start, moving.end))
         self.moved.append(Moved(moving.direction, moving.nbytes, start_s, end_s))
+        if moving.landed is not None:
+            moving.landed()
         latest = moving.end
         if end_s - self.origin_s > NEW_ORIGIN_S:
             self._origin, self.origin_s, latest = latest, end_s, self._origin

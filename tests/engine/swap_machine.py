@@ -17,6 +17,7 @@ from dejavu.engine.messages import Admission, RowWork, Work
 from dejavu.engine.residency import Residency
 from dejavu.engine.rows import BlockAllocator
 from dejavu.engine.swapping import SwapMover
+from dejavu.kv.flushed import FlushedRows
 from dejavu.kv.layout import PoolLayout
 from dejavu.kv.swap import Direction, Part, PoolLink
 from dejavu.request import Request, SamplingParams
@@ -118,7 +119,8 @@ class SwappingRank:
         self.num_wrong = torch.zeros((), dtype=torch.int64, device=self.device.torch_device)
         self.link = LateLink(self.device, self.layout, self.memory, self.host, most_ms=self.late_ms)
         books = Residency(shape.num_microbatches, shape.microbatch_size, shape.blocks_per_row, shape.resident)
-        self.mover = SwapMover(self.device, books, self.link, self.stream)
+        self.flushed = FlushedRows.allocate(self.device, shape.num_microbatches, shape.microbatch_size)
+        self.mover = SwapMover(self.device, books, self.link, self.stream, self.flushed)
         self.blocks = BlockAllocator(self.layout.num_blocks)
         self.steps = [0] * shape.num_microbatches
 
@@ -192,9 +194,22 @@ class SwappingRank:
         else:
             work()
 
+    def check_successor(self) -> None:
+        """Make sure that host memory holds what a process that came now would take it to hold."""
+        self.mover.look()
+        lengths = self.flushed.lengths()
+        for place, row in self.rows.items():
+            # Of a serial that is not named there is what it was handed over with.
+            length = lengths.get(row.admission.serial, row.admission.num_cached)
+            assert length <= len(row.tokens)
+            assert torch.equal(take(self.host_pool, row.admission.blocks, length), row.tokens[:length]), place
+
     def check(self) -> None:
         """Make sure that passes have read what they should, and that host memory holds it when all is flushed."""
         self.mover.settle()
+        self.check_successor()
+        lengths = self.flushed.lengths()
+        assert all(lengths.get(r.admission.serial, len(r.tokens)) == len(r.tokens) for r in self.rows.values())
         assert int(self.num_wrong) == 0
         for place, row in self.rows.items():
             if not torch.equal(take(self.host_pool, row.admission.blocks, len(row.tokens)), row.tokens):
@@ -210,6 +225,7 @@ class SwappingRank:
         del self.pool, self.host_pool
         self.memory.close()
         self.host.close()
+        self.flushed.close()
         self.device.close()
 
 

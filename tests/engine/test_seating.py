@@ -209,5 +209,10 @@ def test_a_pipeline_has_what_each_of_its_ranks_has():
     assert join_restored([(True, {}), (True, {})]).intact
     part = join_restored([(True, {}), (False, {1: 5, 2: 3, 3: 9}), (False, {1: 4, 3: 9})])
     assert not part.intact
-    assert part.tokens == {1: 4, 3: 9}
-    assert join_restored([(False, {})]).tokens == {}
+    assert [part.limit(serial, 7) for serial in range(1, 5)] == [4, 0, 7, 0]
+    kept = join_restored([(True, {1: 5, 2: 0}), (True, {1: 6}), (True, {})])
+    assert kept.intact
+    assert [kept.limit(serial, 7) for serial in range(1, 4)] == [5, 0, 7]
+    mixed = join_restored([(True, {1: 5, 2: 3}), (False, {1: 6, 3: 2})])
+    assert [mixed.limit(serial, 7) for serial in range(1, 5)] == [5, 0, 2, 0]
+    assert join_restored([(False, {})]).limit(1, 7) == 0

@@ -73,6 +73,11 @@ class Swapping(RuleBasedStateMachine):
                 if new := prompts or dict.fromkeys(rows, 1):
                     self.rank.run(microbatch, new)
 
+    @rule()
+    def die(self):
+        """Look at what a successor would find, while flushes are on their way."""
+        self.rank.check_successor()
+
     def teardown(self):
         if hasattr(self, "rank"):
             try:
