@@ -35,6 +35,7 @@ COLUMNS = (
     "operation",
     "bytes",
     "ms",
+    "device_ms",
     "bandwidth_gbps",
     "ceiling_gbps",
     "percent_of_ceiling",
@@ -152,6 +153,8 @@ def measure_transfer(memory: SwapMemory, lanes: "Lanes", moved: Transfers) -> Ro
         lanes.settle()
 
     own_s, plain_s = in_turns(swap, copy, memory.settings.repeats)
+    device_s = statistics.median(move.end_s - move.start_s for move in lanes.moved)
+    lanes.moved.clear()
     swap()  # what the plain copies wrote is written over
     nbytes = AT_ONCE * sum(sizes)
     own, plain = (nbytes / statistics.median(times) / 1e9 for times in (own_s, plain_s))
@@ -159,6 +162,7 @@ def measure_transfer(memory: SwapMemory, lanes: "Lanes", moved: Transfers) -> Ro
         "operation": moved.operation,
         "bytes": sum(sizes),
         "ms": 1e3 * statistics.median(own_s) / AT_ONCE,
+        "device_ms": 1e3 * device_s,
         "bandwidth_gbps": own,
         "ceiling_gbps": plain,
         "percent_of_ceiling": 100 * own / plain,

@@ -91,7 +91,11 @@ class Link(Protocol):
 
 
 class PoolLink:
-    """Copy parts between two pools by what moves pieces fastest on the device."""
+    """Copy parts between two pools by copy engines.
+
+    A kernel moves the short pieces of a token step as fast, and meanwhile keeps the next step from its multiprocessors:
+    on an H200 that step took 45 µs longer, whatever else was moved.
+    """
 
     def __init__(self, device: Device, layout: PoolLayout, on_device: Buffer, on_host: Buffer) -> None:
         """Take the memory of both pools; they stay the caller's. `layout` is either's."""
@@ -103,11 +107,10 @@ class PoolLink:
 
     def carry(self, direction: Direction, parts: Sequence[Part], stream: Stream) -> None:
         """Queue the copies."""
-        pieces = pair_parts(self.layout, parts)
-        if direction == "flush":
-            move(self.device, self.on_host, self.on_device, pieces, Gathering.PACKED, stream=stream)
-        else:
-            move(self.device, self.on_device, self.on_host, pieces.inverse, Gathering.PACKED, stream=stream)
+        pieces, target, source = pair_parts(self.layout, parts), self.on_host, self.on_device
+        if direction == "fetch":
+            pieces, target, source = pieces.inverse, source, target
+        move(self.device, target, source, pieces, Gathering.PACKED, stream=stream, beside_compute=True)
 
 
 class SimulatedLink:

@@ -14,13 +14,23 @@ SHORT_BYTES, SHORT_PIECES = 256 << 10, 1024  # of a message that takes a CPU les
 
 
 def move(
-    device: Device, target: Buffer, source: Buffer, pieces: Pieces, gathering: Gathering, *, stream: Stream
+    device: Device,
+    target: Buffer,
+    source: Buffer,
+    pieces: Pieces,
+    gathering: Gathering,
+    *,
+    stream: Stream,
+    beside_compute: bool = False,
 ) -> None:
-    """Queue the copies of pieces: one for each, or all of them by one call. The pieces have been checked."""
+    """Queue the copies of pieces: one for each, or all of them by one call. The pieces have been checked.
+
+    What is to be moved `beside_compute` takes no multiprocessor: another engine could be faster, and cost more.
+    """
     if gathering is Gathering.PACKED:
         pieces = coalesce(pieces)
     if len(pieces) > 1 and gathering is Gathering.PACKED:
-        engine = choose_engine(device, target, source, pieces)
+        engine = choose_engine(device, target, source, pieces, beside_compute=beside_compute)
         if engine is not Engine.COPIES:
             together = device.pack if engine is Engine.DIRECT else device.copy_batch
             together(target, source, pieces, stream=stream)
@@ -38,10 +48,14 @@ def is_short(device: Device, pieces: Pieces, gathering: Gathering) -> bool:
     return len(pieces) == 1 or (len(pieces) <= SHORT_PIECES and gathering is Gathering.PACKED)
 
 
-def choose_engine(device: Device, target: Buffer, source: Buffer, pieces: Pieces) -> Engine:
+def choose_engine(
+    device: Device, target: Buffer, source: Buffer, pieces: Pieces, *, beside_compute: bool = False
+) -> Engine:
     """Choose what moves several pieces; a CPU has but one way."""
     if device.properties.kind == "cpu":
         return Engine.DIRECT
+    if beside_compute:
+        return Engine.BATCH
     from_host, to_host = source.location is Location.HOST, target.location is Location.HOST
     route = route_of(from_host=from_host, to_host=to_host)
     return calibration_of(device.properties.name).choose(route, len(pieces), pieces.total_bytes)
