@@ -105,8 +105,9 @@ def take_store(vault: Vault, device: Device, name: str, layout: PoolLayout, shap
 def take_pool(
     vault: Vault, device: Device, placement: Placement, layout: PoolLayout, location: Location = Location.DEVICE
 ) -> tuple[Buffer, bool]:
-    """Give the memory of a place's KV pool, and whether its KV is still there."""
-    return take_memory(vault, device, pool_name(placement), layout.total_bytes, location)
+    """Give the memory of a place's KV pool, on the host that of all that is swapped, and whether its KV is there."""
+    name = pool_name(placement, swapped=location is Location.HOST)
+    return take_memory(vault, device, name, layout.total_bytes, location)
 
 
 def take_flushed(vault: Vault, device: Device, placement: Placement, shape: PipelineShape) -> FlushedRows:
@@ -210,6 +211,8 @@ class Replicating:
         """Give a new pool back what its replica has, and what replicates from now on, which `stack` ends.
 
         All ranks that have a replica call this together. What a store holds of requests that go on is not copied again.
+        Of swapped KV everything is flushed to this host's memory, which the keeper has too: another copy of it there
+        would be lost with it.
         """
         rank, hosts, topology = self.channel.rank, self.channel.hosts, self.setup.topology
         place = topology.placements[rank]
@@ -224,8 +227,10 @@ class Replicating:
         if crosses_hosts(self.channel, self.setup, owner):
             held, given = self.hold(owner, stack)
             movers.append(held)
-        mover, restored = self.send(place, holder) if crosses else self.copy(place, holder, stack)
-        movers.append(mover)
+        restored = RestoredPool()
+        if crosses or not self.setup.caches[place.pipeline].is_swapped:
+            mover, restored = self.send(place, holder) if crosses else self.copy(place, holder, stack)
+            movers.append(mover)
         if given:
             given.wait(self.channel.deadline_s)
         for each in movers:

@@ -33,7 +33,7 @@ from dejavu.cluster.rehearsal import Rehearsal, prepare_steps
 from dejavu.device.base import Device
 from dejavu.device.vault import Vault
 from dejavu.engine.messages import Ready, Report
-from dejavu.engine.ring import place_name
+from dejavu.engine.ring import memory_prefixes
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.worker import Worker
 from dejavu.errors import CapacityError, PeerLostError, TransferError
@@ -110,7 +110,8 @@ class Participant:
             report = Report(holdings.steps, holdings.meter.read(), worker.flights.host_us_per_step)
             report = mover.report(report, channel.rank, clock.at_s)
             if site.vault:  # the run is over: the job's next engine must not take this one's memory for its own
-                site.vault.drop(f"{place_name(placement)}/")
+                for prefix in memory_prefixes(placement):
+                    site.vault.drop(prefix)
             channel.send(CONTROLLER, report)
 
     def set_threads(self) -> None:

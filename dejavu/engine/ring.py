@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from dejavu.topology import Pipeline, Placement, Topology
 
+SWAPPED = "swapped"
+
 
 def replica_holder(topology: Topology, hosts: Sequence[str], rank: int) -> int:
     """Give the rank in whose host's memory `rank` keeps its replica.
@@ -46,14 +48,19 @@ def place_name(placement: Placement) -> str:
     return f"{placement.pipeline}.{placement.stage}.{placement.shard.tp_rank}"
 
 
-def pool_name(owner: Placement) -> str:
-    """Name a place's KV pool at the keeper."""
-    return f"{place_name(owner)}/pool"
+def memory_prefixes(owner: Placement) -> tuple[str, str]:
+    """Give what the names of a place's memory begin with: of what is lost with its device or rank, and of the rest."""
+    return f"{place_name(owner)}/", f"{SWAPPED}/{place_name(owner)}/"
+
+
+def pool_name(owner: Placement, *, swapped: bool = False) -> str:
+    """Name a place's KV pool at the keeper; one that is swapped lies in host memory, which outlives the device."""
+    return memory_prefixes(owner)[swapped] + "pool"
 
 
 def flushed_name(owner: Placement) -> str:
     """Name what says how much of each request a place's swapped pool has."""
-    return f"{place_name(owner)}/flushed"
+    return memory_prefixes(owner)[True] + "flushed"
 
 
 def weights_name(owner: Placement) -> str:

@@ -63,7 +63,19 @@ def test_a_small_run(tmp_path):
 
 def test_a_small_run_of_transfers(tmp_path):
     rows = run(
-        "swaplink", "--context", "30", "--repeats", "1", "--steps", "8", "--device", "cpu", "--out", str(tmp_path)
+        "swaplink",
+        "--context",
+        "30",
+        "--repeats",
+        "1",
+        "--steps",
+        "8",
+        "--loads",
+        "25",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
     )
     assert [row["operation"] for row in rows] == ["fetch", "flush", "both", "token", "step"]
     assert [row["wrong"] for row in rows] == [0] * 5

@@ -125,10 +125,10 @@ CASES = {
         {"prompt stage 0": 1, "token stage 1": 1, "token stage 0": 1},
         1,
     ),
-    # swapped KV without replicas: in host memory is what was flushed
+    # swapped KV without replicas: a process, and a device; in host memory is what was flushed
     "swapped": (
         ["--pp", 2, "--num-microbatches", 3, "--swap", "--spares", 2],
-        [Fault(2, "kill", step=5), Fault(1, "kill", step=9)],
+        [Fault(2, "kill", step=5), Fault(1, "kill", step=9, loses_memory=True)],
         {"stage 0": 1, "stage 1": 1},
         0,
     ),

@@ -57,6 +57,7 @@ def test_names_belong_to_places():
     assert names == ["0.0.0", "1.0.0", "1.0.1", "1.1.0", "1.1.1"]
     holder, owner = topology.placements[4], topology.placements[2]
     assert pool_name(owner) == "1.0.0/pool"
+    assert pool_name(owner, swapped=True) == "swapped/1.0.0/pool"
     assert replica_name(holder, owner) == "1.1.0/replica/1.0.0"
     with pytest.raises(AssertionError):
         place_name(topology.placements[0])

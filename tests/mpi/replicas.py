@@ -54,7 +54,8 @@ def same_tokens(layout: Any, rows: Any, one: Any, other: Any) -> None:
 def compare(mover: Receiving, replicating: Replicating) -> None:
     """Hold a replica against the pool that its owner has left with the keeper."""
     owner = replicating.setup.topology.placements[mover.owner]
-    found = replicating.vault.get(pool_name(owner), replicating.source.device)
+    name = pool_name(owner, swapped=replicating.setup.config.swap)
+    found = replicating.vault.get(name, replicating.source.device)
     assert found
     with found[0] as pool:
         rows, books = mover.store.rows(), mover.books.rows

@@ -20,7 +20,7 @@ CASES = [
     {"prompt_pp": 1, "token_pp": 3, "block_size": 4},
     {"prompt_pp": 2, "token_pp": 2, "token_tp": 2, "replica_transport": "tcp"},
     {"pp": 1},
-    {"pp": 2, "num_microbatches": 4, "swap": True, "block_size": 4},
+    {"pp": 2, "num_microbatches": 4, "swap": True, "block_size": 4, "replica_transport": "tcp"},
 ]
 
 

@@ -24,7 +24,7 @@ SHAPES: list[dict[str, Any]] = [
     {"pp": 1, "tp": 2, "num_microbatches": 3, "prompt_chunk": 1},
     {"pp": 1, "dp": 2, "num_microbatches": 3, "block_size": 4},
     {"pp": 3, "num_microbatches": 3, "resident": 3},  # nothing to swap
-    {"pp": 3, "replicate": "ring", "block_size": 4},  # copied from host memory, behind the flushes
+    {"pp": 3, "replicate": "ring", "replica_transport": "tcp", "block_size": 4},  # behind the flushes
     {"prompt_pp": 1, "token_pp": 3, "replicate": "ring", "replicate_every": 2},
     {"prompt_pp": 1, "token_pp": 3, "block_size": 4},
     {"prompt_pp": 2, "token_pp": 2, "num_microbatches": 4, "transport": "mpi", "stream_level": "buffered"},
@@ -54,26 +54,38 @@ def test_same_as_transformers(world, reference_of, index):
         assert kinds == ({"fetch", "flush"} if swaps and not is_prompt else set())
 
 
-def test_bytes_are_the_arithmetic(world, reference_of):
+REPLICAS: list[dict[str, Any]] = [
+    {},
+    {"replicate": "ring"},  # on this host: what is flushed is the replica
+    {"replicate": "ring", "replica_transport": "tcp"},  # as if on another: it leaves from where it was flushed to
+]
+
+
+@pytest.mark.parametrize("replicas", REPLICAS, ids=lambda replicas: "-".join(replicas.values()) or "none")
+def test_bytes_are_the_arithmetic(world, reference_of, replicas):
     """Three rows of a microbatch each in two slots: every step but the very first fetches its row, and flushes a token.
 
-    After its prompt a microbatch finds the others' rows in its slot.
+    After its prompt a microbatch finds the others' rows in its slot. With replicas the device gives out no byte more.
     """
     reference = reference_of("llama")
-    config = make_config(reference.directory, {"pp": 2, "num_microbatches": 3, "microbatch_size": 1, "block_size": 4})
+    shape = {"pp": 2, "num_microbatches": 3, "microbatch_size": 1, "block_size": 4}
+    config = make_config(reference.directory, shape | replicas)
     lengths, num_tokens = (9, 12, 5), 8
     sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     requests = tuple(Request(str(i), tuple(range(3, 3 + n)), sampling) for i, n in enumerate(lengths))
     _, outcome = world.serve(config, lambda controller: generate(controller, requests))
     token_bytes = (NUM_LAYERS // 2) * 2 * 2 * 8 * 4  # a stage's layers, K and V, of 2 heads of 8 float32
     for report in outcome.reports.values():
-        by_kind = {k: sum(t.bytes for t in report.transfers if t.kind == k) for k in ("fetch", "flush")}
+        kinds = "fetch", "flush", "replica"
+        by_kind = {k: sum(t.bytes for t in report.transfers if t.kind == k) for k in kinds}
         computed = sum(step.num_tokens for step in report.steps)
         assert computed == sum(lengths) + len(lengths) * (num_tokens - 1)
         assert by_kind["flush"] == computed * token_bytes
         contexts = sum(n + step for n in lengths for step in range(num_tokens - 1))
         assert by_kind["fetch"] == (contexts - lengths[0]) * token_bytes
-        assert all(t.end_s >= t.start_s and t.source == t.target == t.rank for t in report.transfers)
+        assert by_kind["replica"] == (computed * token_bytes if "replica_transport" in replicas else 0)
+        swaps = [t for t in report.transfers if t.kind != "replica"]
+        assert all(t.end_s >= t.start_s and t.source == t.target == t.rank for t in swaps)
 
 
 def test_cancel_at_any_time(world, reference_of):
