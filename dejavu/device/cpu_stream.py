@@ -160,7 +160,7 @@ class ThreadStream(CpuStream):
     def mark(self, mark: Mark) -> None:
         """Queue the reaching of a mark; on an idle stream it is reached at once, and no thread woken for it."""
         with self._lock:
-            is_idle = self._num_done == self._num_put
+            is_idle = not self._closing and self._num_done == self._num_put
             if is_idle:
                 mark.reach(self.error)
         if not is_idle:

@@ -84,14 +84,14 @@ class IpcCarrier(Carrier):
         check_message(memory, pieces)
         there = self._reach(peer)
         with self._lock:
+            if self._is_slow_to_wake and key not in there.posts:
+                self._catch_up(there)
             self._refuse_lost(there)
             if key in there.sends:
                 raise TransferError(f"key {key} is already being sent to rank {peer}: wait for that message first")
             send = IpcSend(peer, key, memory, pieces, self._lanes.mark(stream))
             send.on_cancel, send.on_order = self._cancel_send, self._order_send
             self._queue.add(send)
-            if self._is_slow_to_wake and key not in there.posts:
-                self._catch_up(there)
             post = there.posts.pop(key, None)
             if post is None:
                 there.sends[key] = send

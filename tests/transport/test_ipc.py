@@ -64,6 +64,27 @@ def move(device, pair, region, into, key=1):
     assert np.array_equal(into.read(), region.read())
 
 
+def test_a_send_finds_the_post_that_has_come_while_the_thread_sleeps(device, pair):
+    region, into = Region(device, contiguous(3000)), Region(device, contiguous(3000))
+    region.write(contents(3000, 1))
+    with pair[0]._lock:  # which the thread needs to listen
+        receiving = pair[1].receive(0, 1, into.memory, into.pieces, stream=device.compute_stream)
+        sending = pair[0].send(1, 1, region.memory, region.pieces, stream=device.compute_stream)
+        receiving.wait(10)
+        sending.wait(10)
+    assert np.array_equal(into.read(), region.read())
+
+
+def test_a_send_finds_that_its_peer_has_left_while_the_thread_sleeps(device):
+    first, second = connect(device, 2)
+    region = Region(device, contiguous(3000))
+    with first._lock:
+        second.close()
+        with pytest.raises(TransferError, match="rank 1 has closed its ipc carrier"):
+            first.send(1, 1, region.memory, region.pieces, stream=device.compute_stream).wait(10)
+    first.close()
+
+
 def test_four_ranks_reach_each_other(device):
     carriers = connect(device, 4)
     regions = {(a, b): Region(device, scattered(5000, 9, 4 * a + b)) for a in range(4) for b in range(4) if a != b}
