@@ -5,22 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from .driver import Row
+from .shapes import format_size
 
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 MARKERS = {"prompt": "s", "token_step": "^", "microbatch": "D"}
 
 
 def lines_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group the plain messages by carrier and direction, ascending in bytes."""
+    """Group the messages of plain sizes by carrier and direction, ascending in bytes."""
     lines: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["bytes"]):
-        if row["operation"] == "contiguous":
+        if row["operation"] in ("contiguous", "plain"):
             lines.setdefault(line_name(row), []).append(row)
     return lines
 
 
 def line_name(row: Row) -> str:
-    """Name a carrier's line; a store has one for each direction."""
+    """Name a carrier's line; a store has one for each direction, and NCCL's own calls have one."""
+    if row["operation"] == "plain":
+        return f"{row['transport']} alone"
     if row["target"] in ("host", "disk"):
         return f"{row['transport']} out"
     return f"{row['transport']} in" if row["source"] in ("host", "disk") else str(row["transport"])
@@ -65,7 +68,8 @@ def decorate(axes: Any, title: str) -> None:
         ylabel="bandwidth, GB/s",
         title=f"KV streaming on {title}",
     )
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log", base=4)
+    axes.xaxis.set_major_formatter(lambda nbytes, _: format_size(round(nbytes)))
     axes.grid(visible=True, which="both", alpha=0.25)
     first = axes.legend(loc="lower right", fontsize=8, title="contiguous, by carrier")
     axes.add_artist(first)
