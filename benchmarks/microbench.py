@@ -45,6 +45,7 @@ MODELS = {"cpu": "opt-125m", "cuda": "opt-13b"}
 PROMPT_LENS = {"cpu": 250, "cuda": 1000}
 SLACK_BYTES = 1 << 20  # each message is rounded up in a store
 WINDOW_BYTES, WIDEST = 1 << 30, 16
+NCCL_WINDOW = 32  # of any size: each message has 0.3 ms of notes before and behind it
 SMALL_BYTES = 64 << 10
 SEED = 100
 
@@ -66,8 +67,10 @@ class Settings:
 
     def window(self, case: Case) -> int:
         """Give how many plain messages are under way together: on a CPU only small ones, since a copy takes a core."""
-        if case.operation != "contiguous" or (self.kind == "cpu" and case.size > SMALL_BYTES):
+        if case.operation not in ("contiguous", "plain") or (self.kind == "cpu" and case.size > SMALL_BYTES):
             return 1
+        if case.transport == "nccl":
+            return NCCL_WINDOW
         return max(2, min(WIDEST, WINDOW_BYTES // case.size))
 
     def needed_bytes(self, case: Case) -> int:
@@ -219,6 +222,7 @@ class Bench:
         self.names = names
         self.report = report
         self._ceilings: dict[tuple[Any, ...], Any] = {}
+        self._plain: Carrier | None = None
 
     def run(self, case: Case) -> None:
         """Measure one case, and add its row."""
@@ -250,7 +254,18 @@ class Bench:
         """Give the carrier that was opened for a case's level."""
         from dejavu.transport.carrier import Gathering
 
+        if case.operation == "plain":
+            return self.plain
         return self.carriers[Gathering.NAIVE if case.is_naive else Gathering.PACKED]
+
+    @property
+    def plain(self) -> "Carrier":
+        """Give NCCL's own calls as a carrier; opened, by both ranks, for the first case that wants it."""
+        from .plain_nccl import PlainNccl
+
+        if self._plain is None:
+            self._plain = PlainNccl(self.world.device, self.world.comm)
+        return self._plain
 
     def ceiling(self, case: Case, load: Any) -> Any:
         """Give the plain transfer of the same bytes."""
@@ -266,6 +281,8 @@ class Bench:
         self.world.share()
         for ceiling in self._ceilings.values():
             ceiling.close()
+        if self._plain is not None:
+            self._plain.close()
 
 
 def outcome(reason: str, report: Report) -> str:

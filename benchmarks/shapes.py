@@ -46,10 +46,14 @@ class CacheShape:
         """Give the pool of the first stage's first tensor rank, with room for the microbatch."""
         spec = self.spec
         spec.check_tensor_parallel(self.tp)
+        if self.pp > spec.num_layers:
+            raise UsageError(
+                f"{self.pp} stages cannot share {spec.num_layers} layers: use --pp {spec.num_layers} at most"
+            )
         return PoolLayout(
             num_blocks=self.batch * self.row_blocks,
             first_layer=0,
-            num_layers=max(1, spec.num_layers // self.pp),
+            num_layers=spec.num_layers // self.pp,
             block_size=self.block_size,
             first_head=0,
             num_heads=spec.num_kv_heads // self.tp,
@@ -172,6 +176,8 @@ def list_cases(transports: Iterable[str], sizes: Iterable[int]) -> list[Case]:
 def _cases_of(transport: str, sizes: list[int]) -> list[Case]:
     directions = ("out", "in") if transport in STORES else ("link",)
     cases = [Case("contiguous", transport, "any", way, size) for size in sizes for way in directions]
+    if transport == "nccl":
+        cases += [Case("plain", transport, size=size) for size in sizes]
     if transport == "local":
         cases += [Case("both_ways", transport, "any", "both", size) for size in sizes]
     for operation, levels in LEVELS.items():

@@ -76,6 +76,7 @@ def test_list_and_filter_need_no_ranks():
     )
     chosen = microbench.make_settings(options | {"pattern": "token_step/*/full*"}).cases
     assert {case.operation for case in chosen} == {"token_step"}
+    assert [name for name in everything if name.startswith("plain")] == ["plain/nccl/any/4KiB", "plain/nccl/any/1GiB"]
     assert {case.transport for case in chosen} == {"local", "disk", "ipc", "nccl", "mpi", "rma", "tcp"}
     with pytest.raises(UsageError, match="matches no case"):
         microbench.make_settings(options | {"pattern": "nothing"})
@@ -83,6 +84,8 @@ def test_list_and_filter_need_no_ranks():
         microbench.make_settings(options | {"sizes": "4Kilo"})
     with pytest.raises(UsageError, match="no transport 'ib'"):
         microbench.make_settings(options | {"transports": "ib"})
+    with pytest.raises(UsageError, match="13 stages cannot share 12 layers"):
+        microbench.make_settings(options | {"pp": 13})
     with pytest.raises(UsageError, match="no model 'gpt-9'"):
         microbench.make_settings(options | {"model": "gpt-9"})
 
@@ -211,10 +214,11 @@ def test_lines_of_the_plot_are_carriers_and_directions():
         {"operation": "contiguous", "transport": "local", "source": "host", "target": "cuda:0", "bytes": 4096},
         {"operation": "contiguous", "transport": "ipc", "source": "cuda:0", "target": "cuda:1", "bytes": 8192},
         {"operation": "contiguous", "transport": "ipc", "source": "cuda:0", "target": "cuda:1", "bytes": 4096},
+        {"operation": "plain", "transport": "nccl", "source": "cuda:0", "target": "cuda:1", "bytes": 4096},
         {"operation": "prompt", "transport": "ipc", "source": "cuda:0", "target": "cuda:1", "bytes": 1},
     ]
     lines = plots.lines_of(rows)
-    assert sorted(lines) == ["ipc", "local in", "local out"]
+    assert sorted(lines) == ["ipc", "local in", "local out", "nccl alone"]
     assert [row["bytes"] for row in lines["ipc"]] == [4096, 8192]
 
 
