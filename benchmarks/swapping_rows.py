@@ -56,7 +56,20 @@ def report(
         f"{row['model']}, {row['stages']} stages, {row['prompt_len']} + {row['output_len']}: {row['verdict']}"
         for row in rows
     ]
+    notes += describe_sharing(options)
     return finish(directory, "swapping", rows, given, table=table, notes=notes, error=error)
+
+
+def describe_sharing(options: "Options") -> list[str]:
+    """Say that ranks take turns on GPUs, where they do: passes begin late then, and look short."""
+    from dejavu.device import num_cuda_devices
+
+    if options.is_synthetic or options.shared["device"] == "cpu":
+        return []
+    num_gpus, stages = num_cuda_devices(), max(case.stages for case in options.cases)
+    if not 0 < num_gpus < stages:
+        return []
+    return [f"{stages} ranks take turns on {num_gpus} GPUs: the times of their passes predict no throughput"]
 
 
 def make_row(case: "Case", ways: "dict[str, Served]", options: "Options") -> Row:

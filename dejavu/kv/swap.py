@@ -73,12 +73,9 @@ def pair_parts(layout: PoolLayout, parts: Sequence[Part]) -> Pieces:
 
 
 def find_blocks(tables: Sequence[Sequence[int]], owner: Ints, index: Ints) -> Ints:
-    """Give block `index[i]` of table `owner[i]`."""
-    sizes = np.array([len(table) for table in tables], dtype=np.int64)
-    assert (index < sizes[owner]).all(), "a token lies behind its row's blocks"
-    flat = np.concatenate([np.asarray(table, dtype=np.int64) for table in tables] or [np.empty(0, dtype=np.int64)])
-    blocks: Ints = flat[(np.cumsum(sizes) - sizes)[owner] + index]
-    return blocks
+    """Give block `index[i]` of table `owner[i]`: of a token step, one of each table."""
+    pairs = zip(owner.tolist(), index.tolist(), strict=True)
+    return np.array([tables[table][place] for table, place in pairs], dtype=np.int64)
 
 
 class Link(Protocol):
