@@ -1,6 +1,7 @@
-"""Write the tables of docs/serving.md that the code decides: `python -m tests.documentation`."""
+"""Write the tables of docs/serving.md that the code decides, `python -m tests.documentation`; look names up in docs."""
 
 import re
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -10,6 +11,20 @@ from dejavu.planning.workload_fields import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "serving.md"
+
+
+def unexplained(page: str, title: str, columns: Iterable[str]) -> list[str]:
+    """Give the columns that a section of a page, named by a part of its title, does not have in backquotes.
+
+    `latency_…` and `…_percent` stand for all names that begin or end so, and `stageN` for one with any number.
+    """
+    sections = re.split(r"^(?=## |\*\*)", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    texts = [section for section in sections if title in section.splitlines()[0]]
+    assert texts, f"{page} has no section {title}"
+    names = {name for text in texts for name in re.findall(r"`([^`\n]+)`", text)}
+    patterns = [re.escape(re.sub(r"(?<=[a-z])[A-Z](?=_)", "0", name)).replace("…", ".*") for name in names]
+    known = re.compile("|".join(patterns))
+    return [column for column in columns if not known.fullmatch(re.sub(r"\d+(?=_)", "0", column))]
 
 
 def group(item):

@@ -14,12 +14,14 @@ import click
 import pytest
 
 from dejavu.assets import data_names, data_path
+from dejavu.cluster.resilience import LatencyRow, ProgressRow
 from dejavu.config import ServeConfig, load_config
-from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord
+from dejavu.measure.failures import FailureRecord
+from dejavu.measure.records import RankRecord, RequestRecord, StepRecord, TransferRecord
 from dejavu.measure.summary import summarize
 from dejavu.model.resolve import resolve_model
 from dejavu.topology import build_topology, required_ranks
-from tests.documentation import PAGE, ROOT, filled
+from tests.documentation import PAGE, ROOT, filled, unexplained
 
 PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "notes.md"})]
 RUN_ELSEWHERE = {"planning.md"}  # tests/planning/test_commands.py runs its blocks
@@ -132,10 +134,27 @@ def table_names(title):
 
 @pytest.mark.parametrize(
     ("title", "record"),
-    [("requests.csv", RequestRecord), ("steps.csv", StepRecord), ("transfers.csv", TransferRecord)],
+    [
+        ("requests.csv", RequestRecord),
+        ("steps.csv", StepRecord),
+        ("transfers.csv", TransferRecord),
+        ("ranks.csv", RankRecord),
+    ],
 )
 def test_every_column_is_explained_in_order(title, record):
     assert table_names(title) == [field.name for field in fields(record)]
+
+
+@pytest.mark.parametrize(
+    ("title", "record"), [("failures.csv", FailureRecord), ("latency.csv", LatencyRow), ("progress.csv", ProgressRow)]
+)
+def test_every_column_of_failures_is_explained(title, record):
+    assert unexplained("failures.md", title, [field.name for field in fields(record)]) == []
+
+
+def test_every_benchmark_has_a_section():
+    for name in import_module("dejavu.cli.bench").BENCHMARKS:
+        assert unexplained("benchmarks.md", f"bench {name}", []) == []
 
 
 def test_every_column_of_the_summary_is_explained_in_order():

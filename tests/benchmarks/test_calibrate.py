@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from dejavu.benchmarks import calibrate
 from dejavu.transport.calibration import Engine, Route, read_calibration
+from tests.documentation import unexplained
 
 
 def test_every_route_is_measured_and_written(tmp_path, monkeypatch):
@@ -17,6 +18,7 @@ def test_every_route_is_measured_and_written(tmp_path, monkeypatch):
     done = CliRunner().invoke(calibrate.command, arguments, standalone_mode=False)
     assert done.return_value == 0, (done.output, done.exception)
     rows = json.loads(done.output.splitlines()[-1])["rows"]
+    assert unexplained("benchmarks.md", "bench calibrate", rows[0]) == []
     assert [(row["route"], row["pieces"]) for row in rows] == [(r, n) for r in ("out", "in", "device") for n in (2, 16)]
     assert all(row[f"{engine}_us"] > 0 for row in rows for engine in (*Engine, "packed"))
     assert {row["wrong"] for row in rows} == {0}

@@ -8,6 +8,7 @@ import torch
 from dejavu.benchmarks.groups import count_wrong
 from dejavu.device import num_cuda_devices
 from tests.benchmarks.test_microbench import run_bench
+from tests.documentation import unexplained
 
 
 def test_rows_of_sums_and_hops(tmp_path):
@@ -15,6 +16,7 @@ def test_rows_of_sums_and_hops(tmp_path):
     done, text = run_bench("groups", *sizes, "--out", str(tmp_path / "run"), timeout=110)
     assert done.returncode == 0, text
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert unexplained("benchmarks.md", "bench groups", rows[0]) == []
     assert [(row["what"], row["way"], row["kib"]) for row in rows] == [
         ("sum", "mpi", 10.0),
         ("hop", "mailbox", 10.0),

@@ -17,6 +17,7 @@ from dejavu.device import make_pieces, open_device
 from dejavu.errors import UsageError
 from dejavu.transport.carrier import Gathering
 from dejavu.transport.local import LocalStore
+from tests.documentation import unexplained
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = (
@@ -53,6 +54,7 @@ def test_rows_of_links_and_stores(tmp_path):
     assert (last["bench"], last["run"]) == ("microbench", str(out))
     rows = list(csv.DictReader((out / "microbench.csv").open()))
     assert ",".join(rows[0]) == COLUMNS
+    assert unexplained("benchmarks.md", "bench microbench", rows[0]) == []
     assert [row["operation"] for row in rows] == [row["operation"] for row in last["rows"]]
     assert {row["wrong"] for row in rows} == {"0"}
     assert all(float(row["bandwidth_gbps"]) > 0 and float(row["ceiling_gbps"]) > 0 for row in rows)

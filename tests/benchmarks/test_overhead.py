@@ -11,6 +11,7 @@ from dejavu.benchmarks.serving import Serving
 from dejavu.device import open_device
 from dejavu.errors import UsageError
 from dejavu.transport.local import LocalStore
+from tests.documentation import unexplained
 
 OPTIONS = {"model": "smollm2-135m", "batch": 1, "prompt_len": 3, "steps": 2, "dtype": None, "block_size": 2}
 OPTIONS |= {"threads": 1, "levels": "all", "device": "cpu"}
@@ -33,6 +34,7 @@ def test_every_level_beside_none(tmp_path):
     done = CliRunner().invoke(overhead.command, arguments + more, standalone_mode=False)
     assert done.return_value == 0, done.output
     rows = json.loads(done.output.splitlines()[-1])["rows"]
+    assert unexplained("benchmarks.md", "bench overhead", rows[0]) == []
     assert [(row["phase"], row["optimization"]) for row in rows].__len__() == 15
     token_bytes = 3 * 2 * 3 * 64 * 4  # layers, K and V, heads, head_dim, float32
     sizes = {row["phase"]: row["bytes"] for row in rows if row["optimization"] == "full"}

@@ -15,6 +15,7 @@ from dejavu.model.spec import Shard
 from dejavu.model.weights import dummy_stage
 from dejavu.planning.profile import load_profile
 from tests.benchmarks.test_microbench import run_bench
+from tests.documentation import unexplained
 from tests.model_zoo import make_checkpoint
 
 main = import_module("dejavu.cli.main").main
@@ -94,6 +95,7 @@ def test_the_command_on_a_tiny_model(kind, tmp_path):
     done, text = run_bench("profile", *model, *case, "--out", str(out), timeout=110)
     assert done.returncode == 0, text
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert unexplained("benchmarks.md", "bench profile", rows[0]) == []
     assert [(row["kind"], row["length"], row["tp"]) for row in rows] == [
         (each, length, tp) for tp in (1, 2) for each, length in (("prompt", 4), ("token", 4), ("token", 8))
     ]

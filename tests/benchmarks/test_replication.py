@@ -6,6 +6,7 @@ from dejavu.benchmarks.replication import WITH, WITHOUT, Meter, Round, configure
 from dejavu.engine.messages import Report
 from dejavu.measure.cpu import CpuUsage
 from dejavu.measure.records import StepRecord, TransferRecord
+from tests.documentation import unexplained
 
 GIVEN = {"model": "demo", "load_format": "dummy", "device": "cpu", "dtype": "bfloat16", "pp": 2, "batch": 2}
 GIVEN |= {"block_size": 0, "prompt_len": 8, "output_len": 4, "threads": 1, "transport": "tcp"}
@@ -32,6 +33,7 @@ def test_rounds_are_compared_in_pairs():
     copies = [(800, 5e-4), (20, 1e-4), (20, 3e-4), (20, 2e-4)]
     transfers = [TransferRecord(1, "replica", "local", 1, 2, nbytes, 1.0, 1.0 + took_s) for nbytes, took_s in copies]
     row = make_row(configure(GIVEN), rounds, [Report(steps, CpuUsage(0.1, 1.0), 0.1, transfers)], 10)
+    assert unexplained("benchmarks.md", "bench replication", row) == []
     assert row["period_without_ms"] == pytest.approx(75)
     assert row["cost_percent"] == pytest.approx(15)
     assert row["copy_us"] == pytest.approx(200)
@@ -41,4 +43,5 @@ def test_rounds_are_compared_in_pairs():
 
 def test_shares_add_up_over_ranks():
     row = share([Meter(10, 0.1, 0.001), Meter(30, 0.3, 0.007)])
+    assert unexplained("benchmarks.md", "bench replication", row) == []
     assert row == pytest.approx({"pass_cpu_us": 10_000, "replication_cpu_us": 200, "cpu_percent": 2.0})

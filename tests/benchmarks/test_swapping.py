@@ -8,6 +8,7 @@ import pytest
 
 from dejavu.benchmarks.swapping import Case, make_options
 from dejavu.errors import UsageError
+from tests.documentation import unexplained
 
 GIVEN = {
     "models": "opt-13b,opt-125m",
@@ -57,6 +58,7 @@ def test_a_small_run(tmp_path):
     tokens = 18 * (8 + 5)  # the last one's KV is never made
     token_bytes = 2 * 40 * 128 * 2 * (14 + 13 + 13)
     assert row["flushed_bytes"] == tokens * token_bytes
+    assert unexplained("benchmarks.md", "bench swapping", row) == []
     assert row["fetched_bytes"] > row["flushed_bytes"]
     assert (tmp_path / "run" / "swapping.png").stat().st_size > 1000
 
@@ -77,6 +79,7 @@ def test_a_small_run_of_transfers(tmp_path):
         "--out",
         str(tmp_path),
     )
+    assert unexplained("benchmarks.md", "bench swaplink", rows[0]) == []
     assert [row["operation"] for row in rows] == ["fetch", "flush", "both", "token", "step"]
     assert [row["wrong"] for row in rows] == [0] * 5
     sizes = {row["operation"]: row["bytes"] for row in rows}

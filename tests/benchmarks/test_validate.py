@@ -26,6 +26,7 @@ from dejavu.measure.records import StepRecord
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.simulator import simulate
 from dejavu.request import Completion
+from tests.documentation import unexplained
 
 TIMES_MS = 50.0, 16.0
 
@@ -114,6 +115,7 @@ def test_a_small_run(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert unexplained("planning.md", "bench validate", rows[0]) == []
     assert [row["configuration"] for row in rows] == ["pp2", "recovery"]
     assert (rows[0]["requests"], rows[0]["wrong"]) == (3, 0)
     assert rows[0]["predicted_requests_per_s"] == pytest.approx(rows[0]["requests_per_s"], rel=0.5)

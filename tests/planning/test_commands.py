@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dejavu.planning.profile import Profile, PromptTime, TokenTime
+from tests.documentation import unexplained
 
 main = import_module("dejavu.cli.main").main
 
@@ -95,6 +96,7 @@ def test_simulate_writes_what_it_says(run, tmp_path):
     )
     assert code == 0  # fewer requests than stages
     (row,) = rows_of(out, "simulate")
+    assert unexplained("planning.md", "dejavu simulate", row) == []
     assert row["makespan_s"] == pytest.approx(0.050 + 4 * 0.004)
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     with (tmp_path / "o" / "requests.csv").open() as file:
@@ -109,6 +111,7 @@ def test_sweep(run, tmp_path):
     code, out, _ = run("simulate --sweep --profile profile.yaml --machines 3 --num-requests 40 --out o")
     assert code == 0
     rows = rows_of(out, "simulate")
+    assert unexplained("planning.md", "dejavu simulate", rows[0]) == []
     assert {row["machines"] for row in rows} == {1, 2, 3}
     assert (tmp_path / "o" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "o" / "sweep.csv").read_text().splitlines()) == len(rows) + 1
@@ -119,6 +122,7 @@ def test_plan_by_profile(run, tmp_path):
     code, out, _ = run("plan --devices 3 --profile profile.yaml --num-requests 30 --batch 4 --out o")
     assert code == 0
     rows = rows_of(out, "plan")
+    assert unexplained("planning.md", "dejavu plan", rows[0]) == []
     assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
     assert "pay" in out
     best = yaml.safe_load((tmp_path / "o" / "best.yaml").read_text())
