@@ -67,7 +67,7 @@ def latencies(run: Run, metric: str) -> NDArray[np.float64]:
 
 def throughput_figure(runs: Mapping[str, Run]) -> Figure:
     """Draw tokens per second over the time of the run."""
-    lines = {label: throughput(run.steps) for label, run in runs.items()}
+    lines = {label: throughput(run.steps, stages_per_copy(run)) for label, run in runs.items()}
 
     def draw(axes: Any, colors: Colors) -> None:
         for index, (label, (edges, rates)) in enumerate(lines.items()):
@@ -80,16 +80,27 @@ def throughput_figure(runs: Mapping[str, Run]) -> Figure:
     return Figure("throughput", "Output tokens per second", text, draw)
 
 
-def throughput(steps: Sequence[StepRecord]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def stages_per_copy(run: Run) -> int:
+    """Count the stages through which each token goes: of one of `dp` pipelines, or of both where there is a pair."""
+    config = run.description.get("config") or {}
+    return int(config.get("pp") or 0) if (config.get("dp") or 1) > 1 else 0
+
+
+def throughput(
+    steps: Sequence[StepRecord], stages_per_copy: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Count the rows of token steps over time: (edges [bins + 1] in s, tokens/s [bins]).
 
     All stages of a pipeline see the same rows; the one with the most counts: a rank that died took its records along.
+    Where pipelines of `stages_per_copy` stages share the requests, each has one that counts; 0 is one pipeline.
     """
-    seen: dict[int, list[StepRecord]] = {}
+    seen: dict[int, dict[int, list[StepRecord]]] = {}
     for step in steps:
         if step.kind != "prompt" and step.tp_rank == 0:
-            seen.setdefault(step.stage, []).append(step)
-    counted = max(seen.values(), key=lambda found: sum(step.num_rows for step in found), default=[])
+            copy = step.stage // stages_per_copy if stages_per_copy else 0
+            seen.setdefault(copy, {}).setdefault(step.stage, []).append(step)
+    fullest = [max(stages.values(), key=lambda found: sum(s.num_rows for s in found)) for stages in seen.values()]
+    counted = [step for found in fullest for step in found]
     ends = np.array([step.end_s for step in counted])
     rows = np.array([step.num_rows for step in counted], dtype=np.float64)
     stop_s = max(step.end_s for step in steps)

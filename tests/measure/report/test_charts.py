@@ -20,3 +20,9 @@ def test_prompts_are_no_output():
     step.kind = "prompt"
     _, rates = throughput([step])
     assert rates.sum() == 0
+
+
+def test_pipelines_side_by_side_add_up():
+    steps = [token_step(stage, index) for stage in range(4) for index in range(10 if stage < 2 else 5)]
+    edges, rates = throughput(steps, stages_per_copy=2)
+    assert (rates * (edges[1:] - edges[:-1])).sum() == pytest.approx(2 * 10 + 2 * 5)
