@@ -24,6 +24,7 @@ from dejavu.topology import CONTROLLER
 
 from .arrangements import Arrangement, Times, colocated_arrangements, disaggregated, parse_split, plan_split
 from .driver import open_run_directory, run_ranks
+from .streaming_cost import Probe, probe
 
 if TYPE_CHECKING:
     from dejavu.cluster.engine import Outcome
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dejavu.transport.mpi import Channel
 
 AT_ONCE = 0.0  # the rate of requests that all arrive together
+WARM_UP = 3  # output tokens
 LEAD_S = 0.02  # from a workload's submission to its first arrival
 OWN = {"pp", "dp", "prompt_pp", "token_pp", "prompt_chunk", "workload", "row_len", "rate", "out", "name"}
 SPREAD = 0.6  # of the logarithm of output lengths: a choice between equal lengths and the long tail of chats
@@ -95,6 +97,7 @@ class Served:
     tracks: Tracks
     workloads: tuple[Workload, ...]
     steps: tuple["StepRecord", ...]
+    probes: tuple[Probe, ...] = ()  # of what streaming costs a prompt pass, where KV is streamed
 
     def steps_of(self, workload: Workload) -> list["StepRecord"]:
         """Give the passes of one workload."""
@@ -264,9 +267,11 @@ def serve(channel: "Channel", arrangement: Arrangement, options: Options) -> Ser
     job = prepare(config, channel.size)
     for rank in range(1, channel.size):
         channel.send(rank, job.setup)
-    drive = Drive(job.requests, options)
+    drive = Drive(job.requests, options, config)
     workloads, outcome = run_controller(channel, job.setup, drive)
-    return Served(arrangement, config, Tracks.of(job.setup.topology), tuple(workloads), all_steps(outcome))
+    click.echo(f"{arrangement.name} done: all at once in {workloads[0].end_s - workloads[0].start_s:.2f} s")
+    tracks = Tracks.of(job.setup.topology)
+    return Served(arrangement, config, tracks, tuple(workloads), all_steps(outcome), drive.probes)
 
 
 def all_steps(outcome: "Outcome") -> tuple["StepRecord", ...]:
@@ -278,15 +283,23 @@ def all_steps(outcome: "Outcome") -> tuple["StepRecord", ...]:
 class Drive:
     """Serve the workloads one after the other on a running engine."""
 
-    def __init__(self, requests: Sequence[Request], options: Options) -> None:
+    def __init__(self, requests: Sequence[Request], options: Options, config: ServeConfig) -> None:
         self.requests = requests
         self.options = options
+        self.config = config
+        self.probes: tuple[Probe, ...] = ()
 
     def __call__(self, controller: "Controller") -> list[Workload]:
         """Warm up, then serve each workload alone."""
-        warm_up = [self.request(controller, "warm", index, Lengths(0, 3)) for index in range(self.options.workers)]
-        controller.generate(warm_up)
+        controller.generate([self.request("warm", index, WARM_UP) for index in range(self.num_warm)])
+        if self.config.is_disaggregated and not self.options.times:
+            self.probes = probe(controller, self.request)
         return [self.serve(controller, rate) for rate in self.options.rates]
+
+    @property
+    def num_warm(self) -> int:
+        """Give the requests that bring every worker to work; one for each row where they really compute."""
+        return self.options.workers if self.options.times else sum(s.num_rows for s in self.config.pipeline_shapes)
 
     def serve(self, controller: "Controller", rate: float) -> Workload:
         """Serve the requests at one rate to their end."""
@@ -294,11 +307,12 @@ class Drive:
         lengths = make_lengths(self.options, rate)
         start_s = controller.clock.now_s() + LEAD_S
         later = [each._replace(arrival_s=each.arrival_s + start_s) for each in lengths]
-        requests = [self.request(controller, f"{rate:g}", index, each) for index, each in enumerate(later)]
+        name = f"{rate:g}"
+        requests = [self.request(name, index, each.output_tokens, each.arrival_s) for index, each in enumerate(later)]
         return Workload(rate, lengths, tuple(controller.generate(requests)), start_s)
 
-    def request(self, controller: "Controller", name: str, index: int, lengths: Lengths) -> Request:
+    def request(self, name: str, index: int, output_tokens: int, arrival_s: float = 0.0) -> Request:
         """Make a request with the workload's prompt number `index`."""
-        sampling = SamplingParams(max_tokens=lengths.output_tokens, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
         prompt = self.requests[index % len(self.requests)]
-        return replace(prompt, request_id=f"{name}/{index}", sampling=sampling, arrival_s=lengths.arrival_s)
+        return replace(prompt, request_id=f"{name}/{index}", sampling=sampling, arrival_s=arrival_s)

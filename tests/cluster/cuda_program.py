@@ -1,7 +1,8 @@
 """Serve small models of every family on GPUs, several ranks to one where need be; one line of JSON for each case.
 
-Start it under mpirun with 3 ranks: `cuda_program.py DEVICE KIND...`. A line says which requests gave other tokens than
-transformers on the CPU, in float32, and by how much log-probabilities differ at most.
+Start it under mpirun with 3 ranks: `cuda_program.py DEVICE SHAPES KIND...`, shapes with commas between. A line says
+which requests gave other tokens than transformers on the CPU, in float32, and by how much log-probabilities differ at
+most.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "split": {"prompt_pp": 1, "token_pp": 1, "block_size": 16},
     "replicated": {"pp": 2, "replicate": "ring", "block_size": 16},
     "received": {"pp": 2, "replicate": "ring", "replica_transport": "tcp"},
+    "split-nccl": {"prompt_pp": 1, "token_pp": 1, "block_size": 16, "transport": "nccl"},  # a GPU for each rank
 }
 
 
@@ -62,8 +64,8 @@ def serve(world: World, reference: Reference, config: ServeConfig) -> dict[str, 
         return {"wrong": [], "requests": 0, "error": float("inf"), "failure": str(error)}
 
 
-def run(device: str, *kinds: str) -> int:
-    """Run all cases of some kinds of model."""
+def run(device: str, shapes: str, *kinds: str) -> int:
+    """Run some shapes of some kinds of model."""
     world = World()
     watch(setattr)
     made = tempfile.TemporaryDirectory(prefix="dejavu-cuda-") if world.rank == 0 else None
@@ -72,8 +74,8 @@ def run(device: str, *kinds: str) -> int:
         build = lambda: make_reference(kind, path / kind) if world.rank == 0 else None  # noqa: B023, E731
         reference = world.together(build)[0]
         assert reference
-        for name, shape in SHAPES.items():
-            found = serve(world, reference, make_config(reference.directory, device, shape))
+        for name in shapes.split(","):
+            found = serve(world, reference, make_config(reference.directory, device, SHAPES[name]))
             if world.rank == 0:
                 print(json.dumps({"kind": kind, "shape": name, **found}), flush=True)
     world.gather(None)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ SHAPES = ("one", "stages", "tensor", "split", "replicated", "received")
 @pytest.fixture(scope="module")
 def results() -> dict[tuple[str, str], dict[str, Any]]:
     """Run every family in every shape, in one job of three ranks that share the GPUs there are."""
-    program = (sys.executable, "-m", "tests.cluster.cuda_program", "cuda", *KINDS)
+    return run_program(SHAPES, KINDS)
+
+
+def run_program(shapes: Sequence[str], kinds: Iterable[str]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Run families in shapes, in one job; give what was found by family and shape."""
+    program = (sys.executable, "-m", "tests.cluster.cuda_program", "cuda", ",".join(shapes), *kinds)
     launch = build_launch(
         3,
         program,
@@ -47,11 +53,23 @@ def results() -> dict[tuple[str, str], dict[str, Any]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_as_transformers_on_the_cpu(results, kind, shape):
     """Greedy and sampled tokens are equal in float32; several ranks share a GPU where there are fewer than ranks."""
-    found = results[kind, shape]
+    check(results[kind, shape])
+
+
+def check(found: dict[str, Any]) -> None:
+    """Demand the reference's tokens and log-probabilities."""
     assert "failure" not in found, found["failure"]
     assert found["wrong"] == []
     assert found["requests"] == 10
     assert found["error"] < 1e-3
+
+
+@pytest.mark.gpu2
+@pytest.mark.skipif(num_cuda_devices() < 2, reason="needs two CUDA devices")
+def test_hand_over_by_nccl():
+    """NCCL takes one rank a GPU, so two GPUs are needed."""
+    for found in run_program(["split-nccl"], ["gpt2", "llama"]).values():
+        check(found)
 
 
 def test_rows_that_do_not_fit_are_refused_with_the_number_that_would(tmp_path):
