@@ -13,6 +13,7 @@ from dejavu.planning.times import FixedTimes
 
 from .passes import PassTimes
 
+OTHERS = CHUNKED, DATA_PARALLEL = "chunked", "data-parallel"
 ENOUGH_GB = 1e6  # memory is no matter of this split: the engine checks it
 
 
@@ -92,8 +93,8 @@ def colocated_arrangements(workers: int, replicas: int, chunk: int) -> list[Arra
     """Give those whose pipelines do both, the paper's baseline first."""
     return [
         Arrangement("colocated", workers),
-        Arrangement("chunked", workers, chunk=chunk),
-        Arrangement("data-parallel", workers // replicas, replicas),
+        Arrangement(CHUNKED, workers, chunk=chunk),
+        Arrangement(DATA_PARALLEL, workers // replicas, replicas),
     ]
 
 

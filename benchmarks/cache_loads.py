@@ -153,7 +153,7 @@ class PromptLoad(CacheLoad):
     def keys(self) -> list[int]:
         """Give the keys of the messages."""
         pairs = self.resharding.select(self.selection)
-        messages = cut_messages(self.pool, pairs, self.selection, TRANSFER, self.level)
+        messages = cut_messages(self.pool, pairs, self.selection, TRANSFER, self.level, self.carrier.message_bytes)
         return [message.key for message in messages]
 
     def _stream(self, call: Any, pool: KVPool | None) -> Any:

@@ -22,7 +22,7 @@ from dejavu.planning.lengths import Lengths
 from dejavu.request import Completion, Request, SamplingParams
 from dejavu.topology import CONTROLLER
 
-from .arrangements import Arrangement, Times, colocated_arrangements, disaggregated, parse_split, plan_split
+from .arrangements import OTHERS, Arrangement, Times, colocated_arrangements, disaggregated, parse_split, plan_split
 from .driver import open_run_directory, run_ranks
 from .streaming_cost import Probe, probe
 
@@ -48,6 +48,7 @@ class Options:
     dtype: str
     workers: int
     dp: int
+    beside: tuple[str, ...]  # arrangements other than the two that are compared
     chunk: int
     split: str | None
     microbatch_size: int
@@ -108,6 +109,7 @@ class Served:
 @click.option("--workers", default=4, show_default=True, type=click.IntRange(2), help="Ranks to share out.")
 @click.option("--split", metavar="P,T", help="Prompt and token stages  [default: by the paper's closed form]")
 @click.option("--dp", default=2, show_default=True, type=click.IntRange(1), help="Pipelines side by side.")
+@click.option("--beside", default=",".join(OTHERS), show_default=True, help="Further colocated layouts; or none.")
 @click.option("--prompt-chunk", "chunk", type=click.IntRange(2), help="Tokens of a chunk  [default: a quarter]")
 @click.option("--synthetic", default="200,20", show_default=True, metavar="MS,MS", help="A prompt, a step; or none.")
 @click.option("--model", help="As for `dejavu serve`; computes unless --synthetic is given too.")
@@ -148,11 +150,15 @@ def make_options(given: dict[str, Any], *, synthetic: bool) -> Options:
     if synthetic and len(pair) not in (0, 2):
         raise UsageError(f"--synthetic has {len(pair)} numbers: give PROMPT_MS,TOKEN_MS such as 200,20, or none")
     chunk = given["chunk"] or max(2, given["prompt_len"] // 4)
-    read = ("chunk", "rates", "model", "synthetic", "ttft", "tpot", "serve_options")
+    beside = () if given["beside"] == "none" else tuple(given["beside"].split(","))
+    if unknown := set(beside) - set(OTHERS):
+        raise UsageError(f"--beside has {min(unknown)!r}: choose among {', '.join(OTHERS)}, or none")
+    read = ("chunk", "beside", "rates", "model", "synthetic", "ttft", "tpot", "serve_options")
     kept = {name: value for name, value in given.items() if name not in read}
     return Options(
         times=Times(pair[0] / 1e3, pair[1] / 1e3) if pair else None,
         model=given["model"] or ("gpt2" if pair else "demo"),
+        beside=beside,
         chunk=chunk,
         rates=(AT_ONCE, *numbers(given["rates"], "--rates")),
         limits=Limits.of_ms(given["ttft"], given["tpot"]),
@@ -232,9 +238,9 @@ def run_rank(options: Options, given: dict[str, Any], out: str | None) -> int:
 def serve_all(channel: "Channel", options: Options) -> list[Served]:
     """Serve the workloads with each arrangement; the baseline's times decide the split of the last one."""
     colocated = colocated_arrangements(options.workers, options.dp, options.chunk)
-    served = [serve(channel, arrangement, options) for arrangement in colocated]
-    split = disaggregated(choose_split(options, served[0]))
-    served.append(serve(channel, split, options))
+    wanted = [each for each in colocated if each is colocated[0] or each.name in options.beside]
+    served = [serve(channel, arrangement, options) for arrangement in wanted]
+    served.append(serve(channel, disaggregated(choose_split(options, served[0])), options))
     for rank in range(1, channel.size):
         channel.send(rank, None)
     return served

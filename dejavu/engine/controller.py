@@ -10,9 +10,9 @@ from itertools import count
 
 from dejavu.engine.activity import Activity
 from dejavu.engine.journal import NoJournal, Past
-from dejavu.engine.messages import Busy, Moved, Ready, Replicated, Report, Sampled, SampledToken, Stop
+from dejavu.engine.messages import Busy, Moved, Ready, Released, Replicated, Report, Sampled, SampledToken, Stop
 from dejavu.engine.recovery import Company, Death, FailureBook, Outage
-from dejavu.engine.seating import Seating
+from dejavu.engine.seating import Lane, Seating
 from dejavu.engine.text import StreamFactory, TextWatch
 from dejavu.errors import PeerLostError
 from dejavu.measure.clock import RunClock
@@ -164,6 +164,8 @@ class Controller:
                     self.take_tokens(rank, message)
                 case Moved(serial):
                     self.take_moved(rank, serial)
+                case Released(serial, step):
+                    self.lane_of(rank).released(serial, step)
                 case Replicated():
                     self.replicated |= {(message.rank, microbatch): step for microbatch, step in message.steps}
                 case Busy(compute_s):
@@ -286,8 +288,7 @@ class Controller:
 
     def take_tokens(self, rank: int, result: Sampled) -> None:
         """Take the tokens of one pass; those of requests that have ended meanwhile are dropped."""
-        lane = next(lane for lane in self.seating.lanes if rank in lane.ranks)
-        lane.steps[result.microbatch] = result.step + 1
+        self.lane_of(rank).passed(result.microbatch, result.step)
         for token in result.tokens:
             if token.index == 0:
                 self.seating.first_token(token.serial, token.token_id)
@@ -299,6 +300,10 @@ class Controller:
                 self.journal.note_token(token, result.time_s, result.start_s)
                 self.take_token(running, token, result)
         self.journal.note("steps", [lane.steps for lane in self.seating.lanes])
+
+    def lane_of(self, rank: int) -> Lane:
+        """Give the books of a rank's pipeline."""
+        return next(lane for lane in self.seating.lanes if rank in lane.ranks)
 
     def take_token(self, running: Running, token: SampledToken, result: Sampled) -> None:
         """Take one token, and end the request if it was its last."""
@@ -313,17 +318,20 @@ class Controller:
         self.counts.tokens += 1
         params = completion.request.sampling
         reason = finish_reason(params, self.eos_token_ids, len(completion.token_ids), token.token_id)
-        text = ""
+        text, is_foreseen = "", reason is not None
         if running.watch:
             text, stopped = running.watch.push(token.token_id, len(completion.token_ids) >= params.min_tokens)
             reason = FinishReason.STOP if stopped else reason
         if reason:
-            text += self.end(running, reason, time_s)
+            text += self.end(running, reason, time_s, is_foreseen=is_foreseen)
         event = TokenEvent(completion.request.request_id, token.token_id, text, token.logprobs, reason, time_s)
         self.news.append((event, completion))
 
-    def end(self, running: Running, reason: FinishReason, time_s: float) -> str:
-        """End a request that is being served, and free what it holds; give the rest of its text."""
+    def end(self, running: Running, reason: FinishReason, time_s: float, *, is_foreseen: bool = False) -> str:
+        """End a request that is being served, and free what it holds; give the rest of its text.
+
+        `is_foreseen` says that its pipeline ends it by itself, for its last token or their number.
+        """
         completion = running.completion
         completion.finish_reason = reason
         completion.finish_s = time_s
@@ -334,7 +342,7 @@ class Controller:
         self.journal.note("end", completion.request.request_id, reason, time_s, completion.text)
         del self.running[running.serial]
         self.say(self.failures.token(running.serial, time_s))
-        self.seating.end(running.serial)
+        self.seating.end(running.serial, is_foreseen=is_foreseen)
         self.counts.done += 1
         return rest
 

@@ -75,6 +75,14 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Released:
+    """First stage → controller: no pass of its microbatch from this step on is for the request."""
+
+    serial: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Controller → first stage → every stage: no more work will come."""
 

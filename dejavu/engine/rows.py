@@ -133,10 +133,14 @@ class RowTable:
 
     def release(self, admission: Admission) -> None:
         """Free the row and the blocks of a request."""
+        self.vacate(admission)
+        self.blocks.give(admission.blocks)
+
+    def vacate(self, admission: Admission) -> None:
+        """Free the row of a request, but not its blocks."""
         place = admission.microbatch, admission.row
         assert self.occupants[place] is admission
         del self.occupants[place]
-        self.blocks.give(admission.blocks)
 
 
 def kv_tokens(request: Request) -> int:

@@ -103,11 +103,15 @@ class Scheduler:
         for admission in resume.admissions:
             self.admit(admission)
 
-    def release(self, serial: int) -> None:
-        """Drop a request, if it is still there: no further step is started for it."""
-        if place := self.places.pop(serial, None):
-            microbatch, row = place
-            del microbatch.rows[row]
+    def release(self, serial: int) -> int:
+        """Drop a request, if it is still there; give the first step of its microbatch that is sure to be without it."""
+        place = self.places.pop(serial, None)
+        if place is None:  # its last pass is through
+            return 0
+        microbatch, row = place
+        del microbatch.rows[row]
+        self.seated = [seat for seat in self.seated if seat.serial != serial]
+        return microbatch.step
 
     def sampled(self, result: Sampled) -> None:
         """Take the tokens of a finished pass; a request that ends with its token is dropped."""

@@ -19,12 +19,21 @@ ALL_TOKENS = 1 << 62  # more than any request has
 
 
 @dataclass(slots=True)
+class Leaving:
+    """Keep a request's blocks while a pass that writes into them may be under way."""
+
+    admission: Admission
+    step: int | None = None  # the first one of its microbatch that is without it; None until the head has said
+
+
+@dataclass(slots=True)
 class Lane:
     """Keep the books of one pipeline: its rows, and the admissions that its head has not been told yet."""
 
     ranks: Sequence[int]  # the first one leads the first stage
     table: RowTable
     untold: list[Admission] = field(default_factory=list)
+    leaving: dict[int, Leaving] = field(default_factory=dict)  # by serial
     steps: list[int] = field(init=False)  # by microbatch: the pass that comes after the last one that is known
 
     def __post_init__(self) -> None:
@@ -35,6 +44,45 @@ class Lane:
         if self.untold:
             send(self.ranks[0], Admissions(tuple(self.untold)))
             self.untold = []
+
+    def end(self, admission: Admission, send: Send, *, is_foreseen: bool) -> None:
+        """Free a request's row at once, and its blocks when no pass that may write into them is under way.
+
+        At an end that the head foresees, the request's last pass is through. Else the head is told, and may have begun
+        a further one.
+        """
+        if is_foreseen:
+            self.table.release(admission)
+            return
+        self.tell(send)  # an admission has to come before its release
+        self.table.vacate(admission)
+        self.leaving[admission.serial] = Leaving(admission)
+        send(self.ranks[0], Release(admission.serial))
+
+    def released(self, serial: int, step: int) -> None:
+        """Take note of the first step that the head makes without a request."""
+        if serial in self.leaving:
+            self.leaving[serial].step = step
+            self.free_left()
+
+    def passed(self, microbatch: int, step: int) -> None:
+        """Take note that a pass is through."""
+        self.steps[microbatch] = step + 1
+        self.free_left()
+
+    def free_left(self) -> None:
+        """Free the blocks that no pass under way can write into any more."""
+        for serial, each in list(self.leaving.items()):
+            if each.step is not None and each.step <= self.steps[each.admission.microbatch]:
+                self.table.blocks.give(each.admission.blocks)
+                del self.leaving[serial]
+
+    def stop_passes(self) -> None:
+        """Take note that all that was under way is void, and that the head knows of no request."""
+        self.untold = []
+        for each in self.leaving.values():
+            self.table.blocks.give(each.admission.blocks)
+        self.leaving = {}
 
     def resume(self, send: Send) -> None:
         """Tell the head of all requests after a failure."""
@@ -119,8 +167,8 @@ class Seating(Protocol):
     def moved(self, rank: int, serial: int) -> bool:
         """Take note that a rank has done its part of a hand-over; tell whether all KV has now arrived."""
 
-    def end(self, serial: int) -> None:
-        """Free what a request holds, as soon as nobody uses it any more."""
+    def end(self, serial: int, *, is_foreseen: bool) -> None:
+        """Free what a request holds, as soon as nobody uses it any more; see `Lane.end`."""
 
     def tell(self) -> None:
         """Send what was decided since the last call."""
@@ -163,12 +211,10 @@ class Colocated:
         """Nothing is ever handed over."""
         raise AssertionError(f"rank {rank} reports a hand-over of {serial}")
 
-    def end(self, serial: int) -> None:
+    def end(self, serial: int, *, is_foreseen: bool) -> None:
         """Free a request's row; its pipeline starts no further step for it."""
         lane, admission = self.seats.pop(serial)
-        lane.tell(self.send)  # an admission has to come before its release
-        lane.table.release(admission)
-        self.send(lane.ranks[0], Release(serial))
+        lane.end(admission, self.send, is_foreseen=is_foreseen)
 
     def tell(self) -> None:
         """Send the new admissions."""
@@ -183,7 +229,7 @@ class Colocated:
         """Let every request go on in its row."""
         repeated = Repeated()
         for lane in self.lanes:
-            lane.untold = []
+            lane.stop_passes()
         for serial, (lane, admission) in self.seats.items():
             num_cached = restored[self.lanes.index(lane)].num_cached(admission, outputs[serial])
             renewed = lane.table.renew(admission, outputs=tuple(outputs[serial]), num_cached=num_cached)
@@ -197,7 +243,7 @@ class Colocated:
     @property
     def is_clean(self) -> bool:
         """Tell whether no request is seated."""
-        return not self.seats
+        return not self.seats and not any(lane.leaving for lane in self.lanes)
 
 
 @dataclass(slots=True)
@@ -279,14 +325,12 @@ class Disaggregated:
         self.advance(serial)
         return is_last
 
-    def end(self, serial: int) -> None:
+    def end(self, serial: int, *, is_foreseen: bool) -> None:
         """Free a request's token row, or let its hand-over run out first."""
         handover = self.handovers[serial]
         handover.ended = True
         if handover.seat:
-            self.token.tell(self.send)
-            self.token.table.release(handover.seat)
-            self.send(self.token.ranks[0], Release(serial))
+            self.token.end(handover.seat, self.send, is_foreseen=is_foreseen)
             del self.handovers[serial]
         else:
             self.advance(serial)
@@ -331,7 +375,7 @@ class Disaggregated:
         repeated = Repeated()
         self.expected = []
         for lane in self.lanes:
-            lane.untold = []
+            lane.stop_passes()
         for serial in list(self.handovers):
             if self.handovers[serial].ended:
                 self.drop(serial)
@@ -401,7 +445,7 @@ class Disaggregated:
     @property
     def is_clean(self) -> bool:
         """Tell whether no request holds anything."""
-        return not self.handovers
+        return not self.handovers and not self.token.leaving
 
 
 def peak_blocks(lanes: Iterable[Lane]) -> list[int]:

@@ -6,8 +6,9 @@ from typing import Protocol
 
 from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover
-from dejavu.engine.messages import Admissions, Release, Resume, Sampled, Stop, Work
+from dejavu.engine.messages import Admissions, Release, Released, Resume, Sampled, Stop, Work
 from dejavu.engine.scheduler import Scheduler
+from dejavu.topology import CONTROLLER
 from dejavu.transport.mpi import Channel
 
 
@@ -77,7 +78,7 @@ class Scheduled:
                 case Resume() as resume:
                     self.scheduler.resume(resume)
                 case Release(serial):
-                    self.scheduler.release(serial)
+                    self.channel.send(CONTROLLER, Released(serial, self.scheduler.release(serial)))
                 case Sampled() as result:
                     self.scheduler.sampled(result)
                 case Stop():

@@ -27,7 +27,6 @@ from dejavu.kv.side import Selection
 from dejavu.transport.carrier import Carrier, Gathering
 
 LARGEST_KEY = 2**63 - 1
-MESSAGE_BYTES = 4 << 20  # 10 us of NVLink, 80 of a bus: about what posting a message costs the host
 
 
 class Level(StrEnum):
@@ -116,7 +115,7 @@ def stream_out(
     transfer: int,
     stream: Stream,
     level: Level = Level.FULL,
-    message_bytes: int = MESSAGE_BYTES,
+    message_bytes: int = 0,
 ) -> Handle:
     """Send what the target's ranks must get of this pool, all of it computed by the work that `stream` has now.
 
@@ -137,7 +136,7 @@ def stream_in(
     transfer: int,
     stream: Stream,
     level: Level = Level.FULL,
-    message_bytes: int = MESSAGE_BYTES,
+    message_bytes: int = 0,
 ) -> Handle:
     """Receive what the source's ranks have for this pool; tokens are valid once all layers of the pool have arrived.
 
@@ -146,6 +145,7 @@ def stream_in(
     """
     check_level(carrier, level)
     pairs = [pair for pair in resharding.select(selection) if pair.target_rank == pool.rank]
+    message_bytes = message_bytes or carrier.message_bytes
     messages = list(cut_messages(pool, pairs, selection, transfer, level, message_bytes))
     landing = pool.begin(pool.spans(selection), selection.first_layer, selection.last_layer) if messages else None
     groups = group_layers([message.window for message in messages], pool.layout.num_heads)
@@ -159,8 +159,8 @@ class LayerStreamer:
     """Send a prompt's KV while it is computed: the model's loop says `layer_done` after each layer.
 
     At the levels below `layered` everything leaves after the last layer; from there on each layer, or as many as make
-    up `message_bytes` (on both sides alike), since a message costs the same however small it is. `handle` is done once
-    all layers were sent.
+    up `message_bytes` (on both sides alike; 0 is as the carrier has it), since a message costs the same however small
+    it is. `handle` is done once all layers were sent.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class LayerStreamer:
         transfer: int,
         stream: Stream,
         level: Level = Level.FULL,
-        message_bytes: int = MESSAGE_BYTES,
+        message_bytes: int = 0,
     ) -> None:
         """Plan the messages; `stream` is the one that the layers are computed on."""
         check_level(carrier, level)
@@ -182,7 +182,7 @@ class LayerStreamer:
         self.stream = stream
         self._is_layered = level.is_layered
         pairs = [pair for pair in resharding.select(selection) if pair.source_rank == pool.rank]
-        messages = cut_messages(pool, pairs, selection, transfer, level, message_bytes)
+        messages = cut_messages(pool, pairs, selection, transfer, level, message_bytes or carrier.message_bytes)
         self._end = pool.layout.window.last_layer
         self._unsent = deque(sorted(messages, key=lambda message: message.window.last_layer))
         self.handle = Handle(count_bytes(self._unsent), len(self._unsent))
@@ -203,7 +203,7 @@ def cut_messages(
     selection: Selection,
     transfer: int,
     level: Level,
-    message_bytes: int = MESSAGE_BYTES,
+    message_bytes: int,
 ) -> Iterator[Message]:
     """Cut the pool's part of a selection into messages: one for each pair of ranks, and at some levels some layers."""
     if selection.num_tokens == 0:

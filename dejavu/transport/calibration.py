@@ -15,7 +15,7 @@ from typing import Any
 from dejavu.assets import cache_dir
 from dejavu.errors import ConfigError
 
-BATCH_FROM_BYTES = 32 * 1024  # of a piece, over the bus: below it a copy engine's cost per piece shows
+BATCH_FROM_BYTES = 32 * 1024  # of a piece: below it a copy engine's cost per piece shows
 PATIENCE = 1.25  # how much longer a copy engine may take over the bus than a kernel, which takes multiprocessors
 
 
@@ -80,8 +80,8 @@ class Calibration:
         measured = self.points.get(route)
         if measured:
             return min(measured, key=lambda point: point.distance(pieces, piece_bytes)).fastest(route)
-        over_bus = route in (Route.OUT, Route.IN)
-        return Engine.BATCH if over_bus and piece_bytes >= BATCH_FROM_BYTES else Engine.DIRECT
+        is_large = route is not Route.HOST and piece_bytes >= BATCH_FROM_BYTES
+        return Engine.BATCH if is_large else Engine.DIRECT  # a kernel takes multiprocessors from what computes
 
 
 def calibration_path(device_name: str) -> Path:

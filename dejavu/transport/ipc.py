@@ -20,7 +20,7 @@ from dejavu.device.base import Buffer, Device, Stream
 from dejavu.device.handles import close_all
 from dejavu.device.pieces import Pieces
 from dejavu.errors import DejavuError, PeerLostError, TransferError
-from dejavu.transport.carrier import Carrier, Gathering, Transfer, UnavailableError, check_message
+from dejavu.transport.carrier import PEER_MESSAGE_BYTES, Carrier, Gathering, Transfer, UnavailableError, check_message
 from dejavu.transport.ipc_line import Exchange, connect_ranks
 from dejavu.transport.ipc_memory import Exports, Imports
 from dejavu.transport.ipc_messages import Kind, Post, Register, pack_number, split_kind, unpack_number
@@ -70,6 +70,8 @@ class IpcCarrier(Carrier):
         self._unready: list[Unready] = []
         self._lock = threading.RLock()
         self._is_slow_to_wake = device.properties.kind == "cpu"  # the thread: cores are few, and busy
+        if device.properties.kind != "cpu":
+            self.message_bytes = PEER_MESSAGE_BYTES
         self._is_closing = False
         self._is_alert = False  # the thread is not asleep without a limit
         self._connect(exchange)

@@ -17,7 +17,7 @@ from mpi4py import MPI
 
 from dejavu.device.base import Buffer, Device, Event, Location
 from dejavu.errors import TransferError
-from dejavu.transport.carrier import Gathering, UnavailableError
+from dejavu.transport.carrier import PEER_MESSAGE_BYTES, Gathering, UnavailableError
 from dejavu.transport.link import LinkCarrier
 from dejavu.transport.mpi_wire import MpiWire, bytes_of
 from dejavu.transport.nccl_group import missing
@@ -291,6 +291,7 @@ class NcclCarrier(LinkCarrier):
     name = "nccl"
     staging_location: ClassVar[Location] = Location.DEVICE
     direct_bytes: ClassVar[int] = DIRECT_BYTES
+    message_bytes = PEER_MESSAGE_BYTES
 
     def __init__(
         self,

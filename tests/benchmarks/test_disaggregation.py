@@ -16,10 +16,12 @@ from dejavu.benchmarks.arrangements import (
     parse_split,
     plan_split,
 )
-from dejavu.benchmarks.comparison import compare, count_wrong
+from dejavu.benchmarks.comparison import compare, complaint, count_wrong
 from dejavu.benchmarks.disaggregation import Workload, make_options, output_lengths
 from dejavu.benchmarks.passes import PassTimes, fit_admission, fit_passes
+from dejavu.benchmarks.streaming_cost import Probe, streaming_cost
 from dejavu.errors import UsageError
+from dejavu.measure.records import StepRecord
 from dejavu.measure.summary import Limits
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.simulator import simulate
@@ -29,7 +31,7 @@ from tests.documentation import unexplained
 GIVEN = {"workers": 4, "split": None, "dp": 2, "chunk": None, "synthetic": "200,20", "model": None, "dtype": "float32"}
 GIVEN |= {"threads": 1, "transport": "ipc", "microbatch_size": 1, "num_requests": 24, "prompt_len": 64, "seed": 3}
 GIVEN |= {"output_len": 10, "outputs": "lmsys", "rates": "5,10", "ttft": None, "tpot": None, "serve_options": ""}
-GIVEN |= {"token_microbatch_size": 0}
+GIVEN |= {"token_microbatch_size": 0, "beside": "chunked,data-parallel"}
 
 
 def options(**changes):
@@ -84,7 +86,7 @@ def test_the_split_is_the_papers_and_leaves_each_side_a_rank():
 
 
 def test_options_that_cannot_be():
-    for name, value in {"dp": 3, "rates": "5,-1", "synthetic": "200", "split": "9,9"}.items():
+    for name, value in {"dp": 3, "rates": "5,-1", "synthetic": "200", "split": "9,9", "beside": "x"}.items():
         with pytest.raises(UsageError, match=f"--{name}"):
             options(**{name: value})
 
@@ -124,6 +126,30 @@ def test_the_token_side_can_have_more_rows():
     passes = [given.times.part(depth) for depth in split.depths]
     assert [pipeline.rows for pipeline in split.simulated(config, passes, 0.0).pipelines] == [2, 5]
     assert split.config(given.fixed, given.times).microbatch_size == 2
+
+
+def test_streaming_is_timed_on_the_passes_of_prompts_alone():
+    def step(stage, start_s, seconds):
+        return StepRecord(1, stage, 0, 0, 0, "prompt", 1, 9, start_s, start_s + seconds, start_s + 5)
+
+    probes = [Probe(True, 0.0, 1.0), Probe(False, 1.0, 2.0), Probe(False, 3.0, 4.0), Probe(True, 4.0, 5.0)]
+    steps = [step(0, 0.1, 0.02), step(1, 0.3, 0.03), step(2, 0.5, 0.9)]  # the third stage is a token stage
+    steps += [step(0, 1.1, 0.02), step(1, 1.3, 0.02), step(0, 2.5, 9.0)]  # the last one is between two probes
+    steps += [step(0, 3.1, 0.02), step(1, 3.3, 0.02), step(0, 4.1, 0.02), step(1, 4.3, 0.022)]
+    row = streaming_cost(steps, probes, 2)
+    assert row["prompt_pass_ms"] == pytest.approx(40)
+    assert row["streamed_prompt_pass_ms"] == pytest.approx(46)
+    assert row["streaming_cost_percent"] == pytest.approx((25 + 5) / 2)
+    assert set(streaming_cost(steps, [], 0).values()) == {None}
+
+
+def test_few_ties_are_let_be_in_16_bit_formats():
+    rows = [{"arrangement": "colocated", "wrong": 0, "requests": 9}, {"arrangement": "x", "wrong": 3, "requests": 10}]
+    computed = make_options({**GIVEN, "model": "gpt2", "dtype": "float16"}, synthetic=False)
+    assert complaint(rows, computed) is None
+    assert complaint(rows, replace(computed, dtype="float32")) == "3 of 10 requests got other tokens than the baseline"
+    assert complaint(rows, options(dtype="float16")) is not None
+    assert complaint([rows[0], rows[1] | {"wrong": 6}], computed) is not None
 
 
 def test_a_loss_is_said():

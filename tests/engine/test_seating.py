@@ -13,6 +13,7 @@ from dejavu.errors import CapacityError
 from dejavu.request import Request, SamplingParams
 
 PROMPT_RANKS, TOKEN_RANKS = range(1, 3), range(3, 6)
+ACTIONS = ("seat", "first", "move", "end", "cancel", "tell", "listen", "begin", "pass", "step", "fail")
 
 
 def make_request(serial, prompt=4, output=5):
@@ -25,7 +26,10 @@ class Ranks:
     def __init__(self):
         self.moves = []  # (rank, serial) still to be reported
         self.prompting = []  # serials whose first token is still to come
-        self.generating = {}  # serial -> admission in the token pipeline
+        self.inbox = []  # of the token pipeline's head: admissions and releases in their order
+        self.generating = {}  # serial -> admission, as far as the head knows
+        self.passes = {}  # microbatch -> (step, admissions) under way in the token pipeline
+        self.steps = {}  # microbatch -> its next step
         self.expected = {}  # serial -> blocks
         self.order = []
 
@@ -33,6 +37,7 @@ class Ranks:
         match message:
             case Expect(serial, _, blocks):
                 assert rank in TOKEN_RANKS
+                self.check_unused(blocks)
                 self.expected[serial] = blocks
                 self.moves.append((rank, serial))
             case Admissions(admissions) if rank == PROMPT_RANKS[0]:
@@ -47,15 +52,48 @@ class Ranks:
                     assert not any(serial == admission.serial for _, serial in self.moves), "not all KV is there"
                     if admission.serial in self.expected:
                         assert admission.blocks == self.expected[admission.serial]
-                    self.generate(admission)
+                self.inbox += admissions
             case Resume(admissions, _) if rank == PROMPT_RANKS[0]:
                 self.send(rank, Admissions(admissions))
-            case Resume(admissions, _):
+            case Resume(admissions, steps):
+                self.steps = dict(enumerate(steps))
                 for admission in admissions:
                     self.generate(admission)
             case Release(serial):
-                assert serial in self.generating or rank == TOKEN_RANKS[0]
-                self.generating.pop(serial, None)
+                assert rank == TOKEN_RANKS[0]
+                self.inbox.append(serial)
+
+    def check_unused(self, blocks):
+        """See that no pass under way, or yet to come, writes into these blocks."""
+        queued = [each for each in self.inbox if not isinstance(each, int)]
+        under_way = [each for _, admissions in self.passes.values() for each in admissions]
+        for admission in (*queued, *under_way, *self.generating.values()):
+            assert not set(blocks) & set(admission.blocks), f"request {admission.serial} may still write"
+
+    def listen(self, lane):
+        """Let the head take all messages, and answer."""
+        for message in self.inbox:
+            if isinstance(message, int):
+                gone = self.generating.pop(message, None)
+                lane.released(message, self.steps.get(gone.microbatch, 0) if gone else 0)
+            else:
+                self.generate(message)
+        self.inbox = []
+
+    def begin_pass(self, microbatch):
+        rows = [admission for admission in self.generating.values() if admission.microbatch == microbatch]
+        if rows and microbatch not in self.passes:
+            self.passes[microbatch] = self.steps.get(microbatch, 0), rows
+            self.steps[microbatch] = self.steps.get(microbatch, 0) + 1
+
+    def end_pass(self, lane, microbatch):
+        if microbatch in self.passes:
+            lane.passed(microbatch, self.passes.pop(microbatch)[0])
+
+    def rests(self, serial):
+        """Tell whether the head knows a request, and no pass of it is under way."""
+        flying = [each.serial for _, admissions in self.passes.values() for each in admissions]
+        return serial in self.generating and serial not in flying
 
     def generate(self, admission):
         prompt = len(admission.request.prompt_token_ids)
@@ -67,12 +105,14 @@ class Ranks:
     def fail(self):
         """Forget all that was under way."""
         self.moves, self.prompting, self.generating, self.expected = [], [], {}, {}
+        self.inbox, self.passes = [], {}
 
 
 def owned(seating):
     prompt, token = (lane.table for lane in seating.lanes)
     prompt_blocks = [b for a in prompt.occupants.values() for b in a.blocks]
     token_blocks = [b for h in seating.handovers.values() for b in h.blocks]
+    token_blocks += [b for each in seating.token.leaving.values() for b in each.admission.blocks]
     for table, blocks in ((prompt, prompt_blocks), (token, token_blocks)):
         assert len(set(blocks)) == len(blocks), "a block has two owners"
         assert set(blocks) | table.blocks.free == set(range(table.num_blocks))
@@ -94,7 +134,7 @@ def test_disaggregated_books_balance_in_any_order(shapes, rows, token_blocks, se
     waiting = [make_request(serial, *shape) for serial, shape in enumerate(shapes)]
     serial, running, outputs = 0, set(), {}
     for _ in range(3000):
-        action = random.choice(["seat", "first", "move", "end", "cancel", "tell", "step", "fail"])
+        action = random.choice(ACTIONS)
         if action == "seat" and waiting and seating.seat(serial, waiting[0]):
             waiting.pop(0)
             running.add(serial)
@@ -106,19 +146,27 @@ def test_disaggregated_books_balance_in_any_order(shapes, rows, token_blocks, se
             outputs[first] = outputs[first] or [7]
             if shapes[first][1] == 1 and first in running:
                 running.discard(first)
-                seating.end(first)
+                seating.end(first, is_foreseen=True)
         elif action == "move" and ranks.moves:
             seating.moved(*ranks.moves.pop(random.randrange(len(ranks.moves))))
         elif action == "end" and ranks.generating:
             ended = random.choice(sorted(ranks.generating))
-            running.discard(ended)
-            seating.end(ended)
+            if ended in running and ranks.rests(ended):
+                running.discard(ended)
+                del ranks.generating[ended]
+                seating.end(ended, is_foreseen=True)
         elif action == "cancel" and running and random.random() < 0.05:
             ended = random.choice(sorted(running))
             running.discard(ended)
-            seating.end(ended)
+            seating.end(ended, is_foreseen=False)
         elif action == "tell":
             seating.tell()
+        elif action == "listen":
+            ranks.listen(seating.token)
+        elif action == "begin":
+            ranks.begin_pass(random.randrange(3))
+        elif action == "pass":
+            ranks.end_pass(seating.token, random.randrange(3))
         elif action == "step" and ranks.generating:
             stepping = random.choice(sorted(ranks.generating))
             if stepping in running and len(outputs[stepping]) < shapes[stepping][1] - 1:
@@ -182,9 +230,38 @@ def test_requests_take_token_rows_in_the_order_in_which_they_are_complete():
         ranks.moves = [move for move in ranks.moves if move[1] != n]
     for ended in (1, 0, 2):
         seating.tell()
+        ranks.listen(seating.token)
         assert list(ranks.generating) == [ended]
-        seating.end(ended)
+        seating.end(ended, is_foreseen=True)
+        del ranks.generating[ended]
     assert seating.is_clean
+
+
+def test_a_cancelled_request_keeps_its_blocks_until_its_last_pass_is_through():
+    ranks = Ranks()
+    prompt = Lane(PROMPT_RANKS, RowTable(1, 4, 4, 8, prompts_only=True))
+    token = Lane(TOKEN_RANKS, RowTable(1, 1, 4, 2))
+    seating = Disaggregated(prompt, token, ranks.send)
+    seating.seat(0, make_request(0))
+    seating.tell()
+    seating.first_token(0, 9)
+    for rank in (*PROMPT_RANKS, *TOKEN_RANKS):
+        seating.moved(rank, 0)
+    ranks.moves = []
+    seating.tell()
+    ranks.listen(token)
+    ranks.begin_pass(0)
+    ranks.end_pass(token, 0)
+    ranks.begin_pass(0)
+    seating.end(0, is_foreseen=False)
+    assert not token.table.is_full  # whoever comes next behind it in the pipeline can have the row
+    assert not seating.seat(1, make_request(1))
+    ranks.listen(token)
+    assert not seating.seat(1, make_request(1))
+    assert not seating.is_clean
+    ranks.end_pass(token, 0)
+    assert seating.is_clean
+    assert seating.seat(1, make_request(1))
 
 
 def test_colocated_pipelines_share_the_requests_evenly():
@@ -194,9 +271,13 @@ def test_colocated_pipelines_share_the_requests_evenly():
     assert [seating.seat(n, make_request(n)) for n in range(5)] == [True] * 4 + [False]
     seating.tell()
     assert [(rank, [a.serial for a in m.admissions]) for rank, m in told] == [(1, [0, 2]), (2, [1, 3])]
-    seating.end(1)
-    assert told[-1] == (2, Release(1))
+    seating.end(1, is_foreseen=True)
     assert seating.seat(5, make_request(5))
+    seating.end(2, is_foreseen=False)
+    assert told[-1] == (1, Release(2))
+    assert not seating.seat(6, make_request(6))
+    lanes[0].released(2, 0)
+    assert seating.seat(6, make_request(6))
 
 
 def test_a_request_that_no_pool_can_hold_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import product
 from random import Random
@@ -11,6 +12,8 @@ import pytest
 
 from dejavu.config import ServeConfig
 from dejavu.engine.controller import Controller
+from dejavu.engine.messages import Work
+from dejavu.engine.worker import Worker
 from dejavu.request import FinishReason, Request
 from dejavu.topology import required_ranks
 from tests.model_zoo import KINDS
@@ -105,6 +108,42 @@ def test_cancel_at_any_time_frees_both_sides(world, reference_of, transport):
     assert {i for i, reason in ends.items() if reason is FinishReason.LENGTH} >= set("56789")
     assert last.finish_reason is FinishReason.LENGTH
     assert len(last.token_ids) == 8
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_pass_that_outlives_its_request_writes_into_no_other(world, reference_of, monkeypatch, swap):
+    """The last pass of a cancelled request is held up in the first token stage, while others wait for its blocks."""
+    reference = reference_of("llama")
+    shape = {"prompt_pp": 1, "token_pp": 2, "microbatch_size": 1, "num_microbatches": 2, "handover_rows": 1}
+    shape |= {"swap": True, "resident": 1} if swap else {}
+    config = make_config(reference.directory, shape)
+    sampling = replace(reference.requests[0].sampling, max_tokens=12, ignore_eos=True, logprobs=3)
+    prompts = {"long": (5, 6, 7), "other": (8, 9), "next": (10, 11), "last": tuple(range(20, 36))}
+    requests = {name: Request(name, prompt, sampling) for name, prompt in prompts.items()}
+    step, late = Worker.step, len(prompts["long"]) + 3
+
+    def slow_step(worker: Worker, work: Work) -> None:
+        if worker.channel.rank == 2 and any(row.serial == 0 and row.context == late for row in work.rows):
+            time.sleep(0.4)
+        step(worker, work)
+
+    def drive(controller: Controller) -> Any:
+        for request in requests.values():
+            controller.submit(request)
+        ends = {}
+        for event, completion in controller.events():
+            if event.request_id == "long" and len(completion.token_ids) == 4:
+                controller.cancel("long")
+            if event.finish_reason:
+                ends[event.request_id] = completion
+        return [ends, *generate(controller, (replace(requests["last"], request_id="again"),))]
+
+    monkeypatch.setattr(Worker, "step", slow_step)
+    (ends, again), _ = world.serve(config, drive)
+    assert ends["long"].finish_reason is FinishReason.CANCELLED
+    assert ends["last"].token_ids == again.token_ids
+    for found, expected in zip(ends["last"].logprobs, again.logprobs, strict=True):
+        assert found.top == tuple((token, pytest.approx(value, abs=1e-4)) for token, value in expected.top)
 
 
 def test_synthetic_stages_give_the_same_tokens_in_both_arrangements(world):

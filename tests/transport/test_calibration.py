@@ -25,7 +25,8 @@ def test_the_rule_without_a_file():
     assert choose(Route.OUT, 512, 512 * 160 * 1024) is Engine.BATCH  # a prompt's planes
     assert choose(Route.IN, 512, 512 * 160 * 1024) is Engine.BATCH
     assert choose(Route.OUT, 640, 640 * 10240) is Engine.DIRECT  # a token step
-    assert choose(Route.DEVICE, 512, 512 << 20) is Engine.DIRECT
+    assert choose(Route.DEVICE, 512, 512 << 20) is Engine.BATCH
+    assert choose(Route.DEVICE, 640, 640 * 10240) is Engine.DIRECT
 
 
 def test_the_nearest_point_decides():
