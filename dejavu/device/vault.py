@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from dejavu.device.base import Buffer, Closing, Device, DeviceError, Location
 from dejavu.device.handles import close_all
 from dejavu.device.keeper_line import Guardian, call, keeper_directory, start_keeper
 from dejavu.errors import PeerLostError
+
+JOIN_TRIES, JOIN_PAUSE_S = 5, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,7 @@ class Vault(Closing):
         """Join the keeper of a job, an unguessable name; start it where there is none yet."""
         self.directory = keeper_directory(job)
         self._is_open = True
-        start_keeper(self.directory, guardian)
-        self._call({"do": "join", "process": guardian.process, "grace_s": guardian.grace_s})
+        self._join(guardian)
 
     def put(self, name: str, memory: Buffer, about: dict[str, Any] | None = None) -> None:
         """Keep all of an exportable memory, in place of what had that name; `about` is plain JSON.
@@ -81,6 +83,19 @@ class Vault(Closing):
             self._is_open = False
             with suppress(PeerLostError):  # it has ended before
                 self._call({"do": "leave"})
+
+    def _join(self, guardian: Guardian) -> None:
+        """Join a keeper that answers: it may end meanwhile, where the last member of an engine before this leaves."""
+        for tries_left in reversed(range(JOIN_TRIES)):
+            try:
+                start_keeper(self.directory, guardian)
+                self._call({"do": "join", "process": guardian.process, "grace_s": guardian.grace_s})
+            except (PeerLostError, FileNotFoundError):
+                if not tries_left:
+                    raise
+                time.sleep(JOIN_PAUSE_S)
+            else:
+                return
 
     def _call(self, request: dict[str, Any], fds: tuple[int, ...] = ()) -> tuple[dict[str, Any], list[int]]:
         return call(self.directory, request, fds)

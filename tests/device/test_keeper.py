@@ -15,7 +15,7 @@ import torch
 from dejavu.device import Location, open_device
 from dejavu.device.handles import connect, send_message
 from dejavu.device.keeper import LOCK, SOCKET
-from dejavu.device.keeper_line import MARK, Guardian, end_keeper, keeper_directory
+from dejavu.device.keeper_line import MARK, Guardian, end_keeper, keeper_directory, start_keeper
 from dejavu.device.vault import Vault
 from dejavu.errors import DeviceError, PeerLostError
 
@@ -132,6 +132,21 @@ def test_it_ends_with_the_last_who_leaves(job):
         other.communicate(timeout=DEADLINE_S)  # it ends without a word
         assert len(keepers(job)) == 1
     until(lambda: is_gone(job))
+
+
+def test_one_that_ends_before_it_is_joined_is_started_again(job, monkeypatch):
+    """As where the last rank leaves one engine of a job while the first one begins the next."""
+    before = Vault(job, Guardian(os.getpid()))
+
+    def start(directory, guardian):
+        start_keeper(directory, guardian)
+        before.close()
+        until(lambda: not before.directory.exists())
+        monkeypatch.undo()
+
+    monkeypatch.setattr("dejavu.device.vault.start_keeper", start)
+    with Vault(job, Guardian(os.getpid())) as vault:
+        assert vault.contents() == {}
 
 
 def test_many_start_one(job):
