@@ -17,6 +17,7 @@ from typing import Any
 import rich_click as click
 
 import dejavu
+from dejavu.device import cuda_device_name, num_cuda_devices
 from dejavu.errors import UsageError
 from dejavu.measure.environment import cpu_model, git_commit, usable_cores
 from dejavu.measure.render import format_number
@@ -73,7 +74,7 @@ def reproduce(plan: FigurePlan, kind: str, runs: Path, into: Path, timeout_s: fl
     keep_files(Path(last.get("run", runs / plan.stem)), into / f"{plan.stem}-{kind}")
     results = [(m, m.read(last)) for m in plan.measures]
     rows = [measure_row(plan, kind, m.name, number, m.paper, m.verdict(number)) for m, number in results]
-    record = {"command": ["dejavu", *shown], **origin(kind, last), "rows": rows}
+    record = {"command": ["dejavu", *shown], **origin(kind), "rows": rows}
     record["seconds"] = round(time.monotonic() - start_s, 1)
     (into / f"{plan.stem}-{kind}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return rows
@@ -117,9 +118,10 @@ def measure_row(plan: FigurePlan, kind: str, name: str, ours: float | None, pape
     return row | {"verdict": verdict}
 
 
-def origin(kind: str, last: dict[str, Any]) -> Row:
+def origin(kind: str) -> Row:
     """Say when, where and with which commit a figure was made."""
-    machine = last.get("device") or f"{cpu_model()}, {usable_cores()} cores"
+    host = f"{cpu_model()}, {usable_cores()} cores"
+    machine = f"{num_cuda_devices()} x {cuda_device_name(0)}, {host}" if kind == "gpu" else host
     commit = git_commit(Path(dejavu.__file__).parent) or ""
     return {"date": date.today().isoformat(), "kind": kind, "machine": machine, "commit": commit[:7]}
 
