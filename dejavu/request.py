@@ -37,6 +37,12 @@ class SamplingParams:
     logprobs: int | None = None  # how many of the likeliest tokens to report beside the chosen one
     seed: int = 0
 
+    @property
+    def reads_output(self) -> bool:
+        """Tell whether a draw depends on which tokens were drawn before, not on their number alone."""
+        penalties = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return penalties or any(len(word) > 1 for word in self.bad_words_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -43,6 +43,7 @@ from dejavu.engine.source import Scheduled, Source, Upstream
 from dejavu.engine.swapping import SwapMover
 from dejavu.engine.text import StreamFactory
 from dejavu.engine.timeline import DeviceTimeline, HostTimeline, Timeline
+from dejavu.engine.unseen import UnseenTokens
 from dejavu.engine.worker import GivenBlocks, Stage, Worker
 from dejavu.kv.flushed import FlushedRow, FlushedRows
 from dejavu.kv.layout import PoolLayout, RowMap
@@ -179,6 +180,16 @@ class Site:
     def cache(self) -> CacheSize:
         """Give the size of this rank's pool."""
         return self.setup.caches[self.placement.pipeline]
+
+    @property
+    def sees_all_draws(self) -> bool:
+        """Tell whether this rank draws the tokens that its own passes take, and nobody else writes into its pool.
+
+        A GPU's next token step can then be queued before the host has seen the tokens: a row that turns out to have
+        ended writes into its blocks once more, ahead of all that is queued later, but not of KV from elsewhere.
+        """
+        alone = len(self.pipeline.ranks) == 1 and not self.setup.config.is_disaggregated
+        return self.setup.on_cuda and alone and not self.cache.is_swapped
 
     def tell_busy(self, compute_s: float) -> None:
         """Tell the controller how long this rank has computed since it was told last."""
@@ -420,7 +431,9 @@ def make_worker(
         prompts_only=pipeline.role is Role.PROMPT,
         tells_seats=site.cache.is_swapped,
         cut_at=site.setup.cut_at,
+        looks_ahead=site.sees_all_draws,
     )
+    unseen = UnseenTokens()
     place = pipeline.first_stage + stage_index, tp_rank
     flights = Flights(site.channel.rank, place, clock.now_s, links.check, holdings.steps, tell=site.tell_busy)
     source: Source = Upstream(site.channel, mover, flights)
@@ -433,10 +446,11 @@ def make_worker(
         swap.mover.books if swap else GivenBlocks(),
         make_inlet(site, holdings.stage, links),
         source,
-        make_sink(site, links, scheduler, flights),
+        make_sink(site, links, scheduler, flights, unseen),
         mover,
         flights,
         make_timeline(site, clock),
+        unseen,
         followers=[*peers, *next_rank],
         peers=peers,
     )
@@ -457,7 +471,7 @@ def make_inlet(site: Site, stage: Stage, links: Links) -> Inlet:
     return StagedInlet(inlet, site.device.torch_device) if site.setup.on_cuda else inlet
 
 
-def make_sink(site: Site, links: Links, scheduler: Scheduler, flights: Flights) -> Sink:
+def make_sink(site: Site, links: Links, scheduler: Scheduler, flights: Flights, unseen: UnseenTokens) -> Sink:
     """Pass hidden states on; on the last stage sample, and tell the first stage and the controller."""
     channel, shard, on_cuda = site.channel, site.shard, site.setup.on_cuda
     if not shard.is_last and links.outbox is not None:
@@ -479,7 +493,7 @@ def make_sink(site: Site, links: Links, scheduler: Scheduler, flights: Flights) 
 
     # On a GPU the next pass is queued first, if it is queued here.
     tell = [to_head, to_controller_later if on_cuda and head == channel.rank else to_controller]
-    return Sampling(site.setup.spec, logits, flights.now_s, tell)
+    return Sampling(site.setup.spec, logits, flights.now_s, tell, unseen)
 
 
 def make_logits(site: Site, links: Links) -> Logits:

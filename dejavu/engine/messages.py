@@ -106,7 +106,8 @@ class RowWork(NamedTuple):
 class Work:
     """One pass of one microbatch, on its way from the first stage to the last.
 
-    `admissions` are the requests whose first pass this is; `token_ids` are the new tokens, row after row.
+    `admissions` are the requests whose first pass this is; `token_ids` are the new tokens, row after row, or nothing
+    where each row takes what the pass before draws, which nobody has seen yet.
     """
 
     step: int  # counts the passes of this microbatch

@@ -19,6 +19,7 @@ class RowProgress:
     context: int
     num_output: int
     next_token: int | None = None  # sampled, not yet passed through the pipeline
+    drawing: int = 0  # passes under way that draw a token for it
     is_new: bool = True  # no pass has told the other stages of it
 
     @classmethod
@@ -38,6 +39,16 @@ class RowProgress:
         behind = self.context >= len(self.admission.request.prompt_token_ids)
         return behind and (self.prompt_left == 1 or self.next_token is not None)
 
+    @property
+    def is_unseen(self) -> bool:
+        """Tell whether the token to pass next is still being drawn, if there is any."""
+        return self.drawing > 0 and self.next_token is None
+
+    @property
+    def takes_unseen(self) -> bool:
+        """Tell whether a token step could take the token that is being drawn: it is not the last one by its number."""
+        return self.is_unseen and self.num_output + self.drawing < self.admission.request.sampling.max_tokens
+
     def known(self, start: int, count: int) -> tuple[int, ...]:
         """Give the known tokens [start, start + count)."""
         prompt = self.admission.request.prompt_token_ids
@@ -47,12 +58,12 @@ class RowProgress:
 
 @dataclass(slots=True)
 class Microbatch:
-    """Hold the rows of one microbatch; at most one of its passes is under way."""
+    """Hold the rows of one microbatch, and how many of its passes are under way: at most one, or two looking ahead."""
 
     index: int
     rows: dict[int, RowProgress] = field(default_factory=dict)
     step: int = 0
-    in_flight: bool = False
+    in_flight: int = 0
 
 
 class Scheduler:
@@ -63,6 +74,10 @@ class Scheduler:
     `cut_at`, prompt passes take up to so many tokens, and longer prompts several of them: memory asks for it. With
     `prompts_only` a request ends here with its first token. With `tells_seats` each pass also tells who was seated with
     a prompt that another pipeline has processed, before its own first pass, for ranks that swap.
+
+    With `looks_ahead` the only pass under way is followed by a second one before its tokens are seen: the rows take
+    what it draws where that lies, and the second pass names no tokens. What that computes for a row that turns out to
+    have ended is dropped: its token here, its KV since only a later pass can be given the same blocks.
     """
 
     def __init__(
@@ -74,6 +89,7 @@ class Scheduler:
         prompts_only: bool = False,
         tells_seats: bool = False,
         cut_at: int = 0,
+        looks_ahead: bool = False,
     ) -> None:
         self.microbatches = [Microbatch(index) for index in range(num_microbatches)]
         self.prompt_chunk = prompt_chunk
@@ -82,6 +98,7 @@ class Scheduler:
         self.eos_token_ids = eos_token_ids
         self.prompts_only = prompts_only
         self.tells_seats = tells_seats
+        self.looks_ahead = looks_ahead
         self.seated: list[Admission] = []  # that no pass has told the other stages of
         self.places: dict[int, tuple[Microbatch, int]] = {}  # serial → (microbatch, row) of every live request
         self.turn = 0
@@ -115,14 +132,16 @@ class Scheduler:
 
     def sampled(self, result: Sampled) -> None:
         """Take the tokens of a finished pass; a request that ends with its token is dropped."""
-        self.microbatches[result.microbatch].in_flight = False
+        self.microbatches[result.microbatch].in_flight -= 1
         for token in result.tokens:
             if token.serial not in self.places:
                 continue
             microbatch, row = self.places[token.serial]
             progress = microbatch.rows[row]
             progress.num_output += 1
-            progress.next_token = token.token_id
+            progress.drawing -= 1
+            if not progress.drawing:  # else the next pass has taken it already
+                progress.next_token = token.token_id
             params = progress.admission.request.sampling
             if self.prompts_only or finish_reason(params, self.eos_token_ids, progress.num_output, token.token_id):
                 self.release(token.serial)
@@ -132,17 +151,25 @@ class Scheduler:
         count = len(self.microbatches)
         for offset in range(count):
             microbatch = self.microbatches[(self.turn + offset) % count]
-            if not microbatch.in_flight and (rows := list(self.choose_rows(microbatch))):
+            if self.may_start(microbatch) and (rows := list(self.choose_rows(microbatch))):
                 self.turn = (microbatch.index + 1) % count
                 return self.start(microbatch, rows)
         return None
+
+    def may_start(self, microbatch: Microbatch) -> bool:
+        """Tell whether a microbatch is not under way, or is alone there and may be followed by itself."""
+        if not microbatch.in_flight:
+            return True
+        return self.looks_ahead and sum(each.in_flight for each in self.microbatches) == 1
 
     def choose_rows(self, microbatch: Microbatch) -> Iterator[tuple[RowProgress, int]]:
         """Give the rows of the next pass, each with its number of new tokens."""
         waiting = (p for p in microbatch.rows.values() if p.prompt_left and not p.takes_one)
         prompts = sorted(waiting, key=lambda p: p.admission.serial)
+        if self.prompt_chunk and prompts and microbatch.in_flight:
+            return  # tokens that nobody has seen cannot share a pass with prompts
         if self.prompt_chunk or not prompts:
-            yield from ((p, 1) for p in microbatch.rows.values() if p.takes_one)
+            yield from ((p, 1) for p in choose_steps(microbatch))
         budget = self.prompt_chunk or self.max_prompt_tokens
         for index, progress in enumerate(prompts):
             num_new = min(progress.prompt_left, budget) if self.cuts_prompts else progress.prompt_left
@@ -159,14 +186,28 @@ class Scheduler:
         token_ids: list[int] = []
         row_works = []
         for progress, num_new in rows:
-            token_ids += take_tokens(progress, num_new)
+            if not progress.is_unseen:
+                token_ids += take_tokens(progress, num_new)
             row_works.append(advance(progress, num_new))
         seated = tuple(seat for seat in self.seated if seat not in admissions)
         self.seated.clear()
         work = Work(microbatch.step, microbatch.index, tuple(row_works), admissions, tuple(token_ids), seated)
         microbatch.step += 1
-        microbatch.in_flight = True
+        microbatch.in_flight += 1
         return work
+
+
+def choose_steps(microbatch: Microbatch) -> list[RowProgress]:
+    """Give the rows of a token step: those whose next tokens are known, or all whose tokens the pass under way draws.
+
+    None while there are both, or while a row's next draw depends on the token that nobody has seen.
+    """
+    seen = [p for p in microbatch.rows.values() if p.takes_one]
+    unseen = [p for p in microbatch.rows.values() if p.takes_unseen]
+    if not unseen:
+        return seen
+    waits = seen or any(p.admission.request.sampling.reads_output for p in unseen)
+    return [] if waits else unseen
 
 
 def take_tokens(progress: RowProgress, num_new: int) -> tuple[int, ...]:
@@ -187,5 +228,6 @@ def advance(progress: RowProgress, num_new: int) -> RowWork:
     prompt_len = len(admission.request.prompt_token_ids) + len(admission.outputs)
     work = RowWork(admission.serial, admission.row, num_new, progress.context, is_prompt, samples, prompt_len)
     progress.context += num_new
+    progress.drawing += samples
     progress.is_new = False
     return work

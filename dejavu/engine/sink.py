@@ -8,6 +8,7 @@ from torch import Tensor
 from dejavu.engine.flight import Finish
 from dejavu.engine.logits import Logits, LogitSum
 from dejavu.engine.messages import Admission, RowWork, Sampled, SampledToken, Work
+from dejavu.engine.unseen import UnseenTokens
 from dejavu.model.sampling import Draw, RowState, download, start_draw
 from dejavu.model.spec import ModelSpec
 
@@ -119,12 +120,14 @@ class Sampling:
         logits: Logits,
         now_s: Callable[[], float],
         tell: Sequence[Callable[[Sampled], None]],
+        unseen: UnseenTokens,
     ) -> None:
-        """Take what brings the tensor ranks' logits together, and whom to tell each result."""
+        """Take what brings the tensor ranks' logits together, whom to tell each result, and what keeps it till then."""
         self.spec = spec
         self.logits = logits
         self.now_s = now_s
         self.tell = tell
+        self.unseen = unseen
         self.rows: dict[tuple[int, int], RowState] = {}
 
     def put(self, work: Work, output: Tensor) -> Finish:
@@ -134,6 +137,10 @@ class Sampling:
         due = [row for row in work.rows if row.samples]
         states = [self.rows[work.microbatch, row.row] for row in due]
         draw = start_draw(self.logits.gather(output), states) if due else None
+        if draw:
+            self.unseen.note(work.microbatch, [row.row for row in due], draw.drawn)
+        for state in states:
+            state.num_unseen += 1
         return lambda: self.finish(work, due, states, draw)
 
     def finish(self, work: Work, due: list[RowWork], states: list[RowState], draw: Draw | None) -> None:
@@ -142,6 +149,7 @@ class Sampling:
         for row, state, result in zip(due, states, draw.read() if draw else [], strict=True):
             tokens.append(SampledToken(row.serial, len(state.output), result.token_id, result.logprobs))
             state.output.append(result.token_id)
+            state.num_unseen -= 1
         sampled = Sampled(work.step, work.microbatch, tuple(tokens), self.now_s(), work.start_s)
         for tell in self.tell:
             tell(sampled)

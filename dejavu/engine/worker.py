@@ -14,6 +14,7 @@ from dejavu.engine.messages import Admission, Stop, Work
 from dejavu.engine.sink import Sink
 from dejavu.engine.source import Source
 from dejavu.engine.timeline import Timeline
+from dejavu.engine.unseen import UnseenTokens
 from dejavu.model.batch import Batch
 from dejavu.transport.mpi import Channel
 
@@ -79,6 +80,7 @@ class Worker:
         mover: Mover,
         flights: Flights,
         timeline: Timeline,
+        unseen: UnseenTokens,
         *,
         followers: Sequence[int],
         peers: Sequence[int],
@@ -96,6 +98,7 @@ class Worker:
         self.mover = mover
         self.flights = flights
         self.timeline = timeline
+        self.unseen = unseen
         self.followers = followers
         self.peers = peers
         self.blocks = blocks
@@ -130,10 +133,16 @@ class Worker:
     def batch(self, work: Work) -> Batch:
         """Describe a pass to the model."""
         return Batch(
-            token_ids=torch.tensor(work.token_ids, dtype=torch.int64),
+            token_ids=self.token_ids(work),
             num_new=[row.num_new for row in work.rows],
             context=[row.context for row in work.rows],
             blocks=[self.blocks.find(work.microbatch, row.row) for row in work.rows],
             logit_rows=[index for index, row in enumerate(work.rows) if row.samples],
             prompt_share=work.prompt_share,
         )
+
+    def token_ids(self, work: Work) -> Tensor:
+        """Give the new tokens; those of a pass that names none lie where they are drawn."""
+        if not work.token_ids:
+            return self.unseen.take(work.microbatch, [row.row for row in work.rows])
+        return torch.tensor(work.token_ids, dtype=torch.int64)

@@ -30,12 +30,16 @@ MASK64 = (1 << 64) - 1
 
 @dataclass(slots=True)
 class RowState:
-    """Hold what the draw of a row depends on; `output` grows by the token drawn, by the caller's hand."""
+    """Hold what the draw of a row depends on; `output` grows by the token drawn, by the caller's hand.
+
+    `num_unseen` tokens were drawn behind `output` that nobody has seen yet: not for rows that read their output.
+    """
 
     params: SamplingParams
     eos_token_ids: tuple[int, ...]
     prompt: list[int]
     output: list[int]
+    num_unseen: int = 0
     is_plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -43,6 +47,11 @@ class RowState:
         without_effect = ("max_tokens", "stop", "stop_token_ids", "ignore_eos", "seed", "temperature", "top_k", "top_p")
         neutral = replace(SamplingParams(), **{name: getattr(self.params, name) for name in without_effect})
         self.is_plain = self.is_greedy and self.params == neutral
+
+    @property
+    def position(self) -> int:
+        """Count the output tokens before the one to draw."""
+        return len(self.output) + self.num_unseen
 
     @property
     def is_greedy(self) -> bool:
@@ -71,6 +80,7 @@ class Draw:
     """
 
     token_ids: Tensor  # int64 [num_rows]
+    drawn: Tensor  # the same on the device, for what is queued behind the draw
     reported: dict[int, int]  # row → the number of likeliest tokens that it asked for
     logprobs: tuple[Tensor, Tensor, Tensor] | None  # of these rows: the token's, the likeliest ones', and their ids
 
@@ -97,17 +107,18 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> list[Sampled]:
 def start_draw(logits: Tensor, rows: Sequence[RowState]) -> Draw:
     """Begin to draw one token per row; `logits` is float32 [num_rows, vocab], read only.
 
-    A row's position is the length of its output. A token that an id in its parameters names must be in the
+    A token that an id in its parameters names must be in the
     vocabulary. Log-probabilities are those of the raw logits, before any of the module's steps, as vLLM's. On a GPU
     everything is queued on torch's current stream, without waiting for it.
     """
     assert logits.shape[0] == len(rows), f"{logits.shape[0]} rows of logits for {len(rows)} rows"
     if all(row.is_plain for row in rows):
-        return Draw(download(logits.argmax(dim=-1)), {}, None)
+        token_ids = logits.argmax(dim=-1)
+        return Draw(download(token_ids), token_ids, {}, None)
     scores = add_noise(process_logits(logits, rows), rows)
     token_ids = scores.argmax(dim=-1)
     reported = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
-    return Draw(download(token_ids), reported, _logprobs(logits, reported, token_ids) if reported else None)
+    return Draw(download(token_ids), token_ids, reported, _logprobs(logits, reported, token_ids) if reported else None)
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -222,7 +233,7 @@ def banned_tokens(row: RowState) -> list[int]:
     transformers.
     """
     banned = [word[-1] for word in row.params.bad_words_ids if _ends_with(row, word[:-1])]
-    if len(row.output) < row.params.min_tokens:
+    if row.position < row.params.min_tokens:
         banned += row.eos_token_ids + row.params.stop_token_ids
     return banned
 
@@ -303,7 +314,7 @@ def _nucleus_threshold(largest: Tensor, total: Tensor, top_p: Tensor) -> tuple[T
 
 
 def _keys(rows: Sequence[RowState], device: torch.device) -> Tensor:
-    keys = [draw_key(row.params.seed, len(row.output)) for row in rows]
+    keys = [draw_key(row.params.seed, row.position) for row in rows]
     return upload(keys, device, torch.int32)
 
 

@@ -32,7 +32,8 @@ def expected_output(request):
 class NaivePipeline:
     """Follow each request's cached tokens, and answer passes later, in order, as the stages do."""
 
-    def __init__(self):
+    def __init__(self, looks_ahead=False):
+        self.looks_ahead = looks_ahead
         self.cached = {}  # serial -> tokens in the cache
         self.serials = {}  # (microbatch, row) -> serial
         self.under_way = deque()
@@ -40,14 +41,16 @@ class NaivePipeline:
         self.known = {}  # serial -> tokens that are there before the first one is sampled
 
     def take(self, work):
-        assert work.microbatch not in {w.microbatch for w, _ in self.under_way}, "two passes of one microbatch"
+        if work.microbatch in {w.microbatch for w, _ in self.under_way}:
+            assert self.looks_ahead, "two passes of one microbatch"
+            assert len(self.under_way) == 1, "looking ahead where others are under way"
         for admission in work.admissions:
             self.serials[admission.microbatch, admission.row] = admission.serial
             self.prompts[admission.serial] = admission.request.prompt_token_ids
             known = admission.request.prompt_token_ids + admission.outputs
             self.known[admission.serial] = len(known)
             self.cached[admission.serial] = list(known[: admission.num_cached])
-        tokens, results = list(work.token_ids), []
+        tokens, results = list(work.token_ids) or self.unseen(work), []
         for row in work.rows:
             assert self.serials[work.microbatch, row.row] == row.serial
             cache, prompt = self.cached[row.serial], self.prompts[row.serial]
@@ -62,9 +65,20 @@ class NaivePipeline:
         assert not tokens
         self.under_way.append((work, Sampled(work.step, work.microbatch, tuple(results), 0.0)))
 
+    def unseen(self, work):
+        """Give what the only pass under way draws for each row."""
+        ((_, sampled),) = self.under_way
+        drawn = {token.serial: token.token_id for token in sampled.tokens}
+        return [drawn[row.serial] for row in work.rows]
+
 
 requests = st.lists(
-    st.tuples(st.lists(st.integers(0, 100), min_size=1, max_size=9), st.integers(1, 9), st.booleans()),
+    st.tuples(
+        st.lists(st.integers(0, 100), min_size=1, max_size=9),
+        st.integers(1, 9),
+        st.booleans(),
+        st.sampled_from([0.0, 0.0, 0.0, 0.5]),
+    ),
     min_size=1,
     max_size=14,
 )
@@ -78,19 +92,21 @@ requests = st.lists(
     prompt_chunk=st.integers(0, 5),
     max_prompt_tokens=st.integers(1, 20),
     cut_at=st.sampled_from([0, 0, 1, 4, 7]),
+    looks_ahead=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_every_request_gets_its_tokens(
-    requests, num_microbatches, microbatch_size, prompt_chunk, max_prompt_tokens, cut_at, seed
+    requests, num_microbatches, microbatch_size, prompt_chunk, max_prompt_tokens, cut_at, looks_ahead, seed
 ):
     waiting = deque(
-        Request(str(n), tuple(prompt), SamplingParams(max_tokens=output, ignore_eos=ignore))
-        for n, (prompt, output, ignore) in enumerate(requests)
+        Request(str(n), tuple(prompt), SamplingParams(max_tokens=output, ignore_eos=ignore, presence_penalty=reads))
+        for n, (prompt, output, ignore, reads) in enumerate(requests)
     )
     wanted = {request.request_id: expected_output(request) for request in waiting}
     table = RowTable(num_microbatches, microbatch_size, 4, num_microbatches * microbatch_size * 5)
-    scheduler = Scheduler(num_microbatches, prompt_chunk, max_prompt_tokens, (EOS,), cut_at=cut_at)
-    pipeline, seated, outputs = NaivePipeline(), {}, {request_id: [] for request_id in wanted}
+    options = num_microbatches, prompt_chunk, max_prompt_tokens, (EOS,), False, False, cut_at, looks_ahead
+    scheduler = Scheduler(*options)
+    pipeline, seated, outputs = NaivePipeline(looks_ahead), {}, {request_id: [] for request_id in wanted}
     random = Random(seed)
     for turn in range(6000):
         action = random.choice(["seat", "work", "answer"] * 10 + ["fail"] * (turn < 1500))
@@ -108,6 +124,9 @@ def test_every_request_gets_its_tokens(
             scheduler.sampled(result)
             for token in result.tokens:
                 admission = seated[token.serial]
+                if table.occupants.get((admission.microbatch, admission.row)) is not admission:
+                    assert looks_ahead, "a token of a request that has ended"
+                    continue
                 assert token.index == len(outputs[admission.request.request_id])
                 output = outputs[admission.request.request_id]
                 output.append(token.token_id)
@@ -115,7 +134,7 @@ def test_every_request_gets_its_tokens(
                     table.release(admission)
         elif action == "fail":
             pipeline.under_way.clear()
-            scheduler = Scheduler(num_microbatches, prompt_chunk, max_prompt_tokens, (EOS,), cut_at=cut_at)
+            scheduler = Scheduler(*options)
             for serial, admission in seated.items():
                 output = outputs[admission.request.request_id]
                 if table.occupants.get((admission.microbatch, admission.row)) is not admission:
@@ -206,3 +225,58 @@ def test_a_prompt_with_tokens_from_before_a_loss_is_one_prompt():
     work = scheduler.next_work()
     assert sum(row.num_new for row in work.rows) == 7
     assert work.prompt_share == 1.0
+
+
+def draw(scheduler, work, token_id, index):
+    tokens = tuple(SampledToken(row.serial, index, token_id, None) for row in work.rows if row.samples)
+    scheduler.sampled(Sampled(work.step, work.microbatch, tokens, 0.0))
+
+
+def ahead(*prompts, **params):
+    scheduler = Scheduler(2, 0, 8192, (EOS,), looks_ahead=True)
+    for number, prompt in enumerate(prompts):
+        request = Request(str(number), prompt, SamplingParams(**params))
+        scheduler.admit(Admission(number, 0, number, (number,), request))
+    return scheduler
+
+
+def test_the_only_pass_is_followed_by_one_that_takes_what_it_draws():
+    scheduler = ahead((1, 2), (3,), max_tokens=3)
+    first, second = scheduler.next_work(), scheduler.next_work()
+    assert (first.token_ids, second.token_ids) == ((1, 2, 3), ())
+    assert [(row.context, row.num_new, row.samples) for row in second.rows] == [(2, 1, True), (1, 1, True)]
+    assert scheduler.next_work() is None, "two are enough"
+    draw(scheduler, first, 50, 0)
+    third = scheduler.next_work()
+    assert third.token_ids == ()
+    draw(scheduler, second, 51, 1)
+    assert scheduler.next_work() is None, "the third token is the last one"
+    draw(scheduler, third, 52, 2)
+    assert not scheduler.places
+
+
+def test_a_row_that_ended_unseen_is_dropped():
+    scheduler = ahead((1, 2), (3,), max_tokens=9)
+    _, second = scheduler.next_work(), scheduler.next_work()
+    scheduler.sampled(Sampled(0, 0, (SampledToken(0, 0, EOS, None), SampledToken(1, 0, 50, None)), 0.0))
+    third = scheduler.next_work()
+    assert [row.serial for row in second.rows] == [0, 1]
+    assert [row.serial for row in third.rows] == [1]
+    assert third.token_ids == ()
+    draw(scheduler, second, 51, 1)
+    assert set(scheduler.places) == {1}
+
+
+def test_a_draw_that_reads_the_output_waits_for_it():
+    scheduler = ahead((1, 2), (3,), max_tokens=9, frequency_penalty=0.1)
+    first = scheduler.next_work()
+    assert scheduler.next_work() is None
+    draw(scheduler, first, 50, 0)
+    assert scheduler.next_work().token_ids == (50, 50)
+
+
+def test_nothing_goes_ahead_where_another_microbatch_is_under_way():
+    scheduler = ahead((1, 2), max_tokens=9)
+    scheduler.admit(Admission(7, 1, 0, (3,), Request("7", (4,), SamplingParams(max_tokens=9))))
+    assert [scheduler.next_work().microbatch for _ in range(2)] == [0, 1]
+    assert scheduler.next_work() is None
