@@ -29,7 +29,7 @@ from dejavu.cluster.injection import IncidentLog, Injector, Tripwire, faults_for
 from dejavu.cluster.keeping import open_vault, take_pool
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.links import Links
-from dejavu.cluster.rehearsal import Rehearsal, prepare_steps
+from dejavu.cluster.rehearsal import Rehearsal, prepare_passes
 from dejavu.device.base import Device
 from dejavu.device.vault import Vault
 from dejavu.engine.messages import Ready, Report
@@ -97,7 +97,7 @@ class Participant:
             holdings = self.holdings = self.hold(site, links)
             swap = make_swap(site, holdings, ties) if site.cache.is_swapped else None
             mover, restored = make_mover(site, comm, holdings, swap, ties)
-            prepare_steps(site, holdings.stage, swap.tensor if swap else holdings.pool)
+            prepare_passes(site, holdings.stage, swap.tensor if swap else holdings.pool)
             tokens = holdings.flushed.lengths() if holdings.flushed is not None else restored.tokens
             found = tuple(links.describe()), holdings.has_kv, tokens, restored.nbytes, restored.seconds
             channel.send(CONTROLLER, Ready(time.monotonic() - started, *found, holdings.kept_bytes))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dejavu.cluster.accelerator import reserve_bytes
+from dejavu.cluster.accelerator import most_tokens, reserve_bytes
 from dejavu.cluster.engine import (
     Holdings,
     Site,
@@ -124,7 +124,7 @@ class Rehearsal:
             if not self.setup.on_cuda:
                 weights.close()  # tensors that are used where they lie hold it
             pool, memory = self.find_pool(site, is_far, ties)
-            prepare_steps(site, stage, pool)
+            prepare_passes(site, stage, pool)
             marks = self.marks(placement, kept)
             return Rehearsed(stage, pool, memory, weights if is_far else None, marks, ties.pop_all())
         raise AssertionError("an exit stack hides no error")
@@ -188,7 +188,12 @@ class Rehearsal:
             self.discard(rank)
 
 
-def prepare_steps(site: Site, stage: Stage, pool: Tensor) -> None:
-    """Prepare token steps of every number of rows, so that no request waits for it; tensor ranks do so together."""
-    if site.pipeline.role is not Role.PROMPT:
-        stage.warm_up(pool, range(1, site.pipeline.shape.microbatch_size + 1))
+def prepare_passes(site: Site, stage: Stage, pool: Tensor) -> None:
+    """Prepare token steps of every number of rows, so that no request waits for it; tensor ranks do so together.
+
+    Prompts too, unless requests wait for this rank to take another's place: their KV is there.
+    """
+    role, num_rows = site.pipeline.role, site.pipeline.shape.microbatch_size
+    has_prompts = role is not Role.TOKEN and site.channel.membership.epoch == 0 and pool.numel() > 0
+    row_counts = range(1, num_rows + 1) if role is not Role.PROMPT else ()
+    stage.warm_up(pool, row_counts, most_tokens(site.setup, site.placement) if has_prompts else 0)

@@ -25,8 +25,8 @@ class Stage(Protocol):
     hidden_size: int
     dtype: torch.dtype
 
-    def warm_up(self, pool: Tensor, row_counts: Sequence[int]) -> None:
-        """Prepare token steps of so many rows, where that takes time; before the first pass."""
+    def warm_up(self, pool: Tensor, row_counts: Sequence[int], prompt_tokens: int) -> None:
+        """Prepare token steps of so many rows, and prompts where they have any tokens, where that takes time."""
 
     def forward(
         self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None = None

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from dejavu.model.decoder import DecoderLayer, Embedding, Head
 
 
+TRIED_TOKENS = 1024  # of a prompt pass: larger ones use the same kernels
+
+
 class CudaStage:
     """Hold the graphs and kernels of a stage. All work goes to torch's current stream, always the same one."""
 
@@ -54,11 +57,29 @@ class CudaStage:
                 layer_done(layer)
         return output
 
-    def warm_up(self, pool: Tensor, row_counts: Sequence[int]) -> None:
-        """Choose products and capture the graphs of token steps of so many rows; tensor ranks do it together."""
+    def warm_up(self, pool: Tensor, row_counts: Sequence[int], prompt_tokens: int) -> None:
+        """Choose products and capture the graphs of token steps of so many rows; tensor ranks do it together.
+
+        With `prompt_tokens`, the most of a pass, a prompt goes through the stage, too.
+        """
         with torch.cuda.device(self.device):
             for num_rows in row_counts:
                 self.steps.prepare(num_rows, pool)
+            if prompt_tokens:
+                self._try_prompt(min(prompt_tokens, TRIED_TOKENS, self.parts.spec.max_positions), pool)
+
+    def _try_prompt(self, num_tokens: int, pool: Tensor) -> None:
+        """Run a prompt, whose K and V go to one block of its own: libraries load their kernels when they need them."""
+        block = pool.new_zeros((1, *pool.shape[1:]))
+        batch = Batch(
+            token_ids=torch.zeros(num_tokens, dtype=torch.int64),
+            num_new=[num_tokens],
+            context=[0],
+            blocks=[[0] * -(-num_tokens // pool.shape[3])],
+            logit_rows=[0],
+        )
+        hidden = pool.new_zeros(num_tokens, self.parts.spec.hidden_size)
+        PromptPass(self.parts, batch, hidden, block).run(None)
 
 
 def exact_sums() -> None:

@@ -147,14 +147,15 @@ class StageModel:
         return CudaStage(self.spec, self.shard, weights, self._all_reduce, self.dtype, self.device)
 
     @torch.no_grad()
-    def warm_up(self, pool: Tensor, row_counts: Sequence[int]) -> None:
+    def warm_up(self, pool: Tensor, row_counts: Sequence[int], prompt_tokens: int = 0) -> None:
         """Prepare token steps of so many rows, each up to the numbers given; on CUDA only, else there is nothing to do.
 
         Compiles kernels, times the ways to multiply and captures graphs: seconds, and forward does the same when it
-        first meets a number of rows. The ranks of a tensor group have to call it together.
+        first meets a number of rows. With `prompt_tokens`, the most of a pass, it also loads what prompts need: 0.2 s.
+        What is in the pool stays. The ranks of a tensor group have to call it together.
         """
         if self.cuda is not None:
-            self.cuda.warm_up(pool, row_counts)
+            self.cuda.warm_up(pool, row_counts, prompt_tokens)
 
     @torch.no_grad()
     def forward(

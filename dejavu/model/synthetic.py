@@ -27,7 +27,7 @@ class SyntheticStage:
         self.prompt_s = prompt_ms / 1e3
         self.token_s = token_ms / 1e3
 
-    def warm_up(self, pool: Tensor, row_counts: Sequence[int]) -> None:
+    def warm_up(self, pool: Tensor, row_counts: Sequence[int], prompt_tokens: int) -> None:
         """Have nothing to prepare."""
 
     def forward(

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(num_cuda_devices() == 0, reason="needs a CUDA device"),
 ]
 ROOT = Path(__file__).parents[2]
+HALF_KINDS, HALF_SHAPES = ("opt", "llama"), ("stages", "tensor")
 SHAPES = ("one", "stages", "tensor", "split", "replicated", "received")
 
 
@@ -70,6 +71,15 @@ def test_hand_over_by_nccl():
     """NCCL takes one rank a GPU, so two GPUs are needed."""
     for found in run_program(["split-nccl"], ["gpt2", "llama"]).values():
         check(found)
+
+
+@pytest.mark.parametrize("shape", HALF_SHAPES)
+@pytest.mark.parametrize("kind", HALF_KINDS)
+def test_other_splits_give_the_same_tokens_in_16_bits(results, kind, shape):
+    """Where the two likeliest tokens are further apart than rounding moves them."""
+    found = results[kind, f"{shape} float16"]
+    assert found["wrong"] == 0
+    assert found["tokens"] > 10
 
 
 def test_rows_that_do_not_fit_are_refused_with_the_number_that_would(tmp_path):

@@ -10,7 +10,7 @@ from dejavu.device import num_cuda_devices
 from dejavu.model.batch import Batch
 from dejavu.model.decoder import StageModel
 from dejavu.model.families import spec_from_config
-from dejavu.model.spec import Shard
+from dejavu.model.spec import RopeScaling, Shard
 from dejavu.model.table import MODELS
 from dejavu.model.weights import dummy_stage, load_stage
 from tests.model_zoo import KINDS, NUM_LAYERS, VOCAB_SIZE, make_checkpoint
@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(num_cuda_devices() == 0, reason="no CUDA device, or no cuda-python"),
 ]
 GARBAGE = 1e4
+CLEAR_GAP = 0.05  # between the two best logits, of their standard deviation: beyond rounding to 16 bits
 
 
 class Twins:
@@ -37,7 +38,7 @@ class Twins:
             self.stages[device] = models, pools
         self.texts, self.done, self.blocks = {}, {}, {}
         self.free = list(range(0, num_blocks, 2)) + list(range(num_blocks - 1, 0, -2))
-        self.errors, self.tokens_differ = [], 0
+        self.errors, self.tokens_compared, self.tokens_differ = [], 0, 0
 
     def forward(self, device, batch):
         hidden = None
@@ -67,7 +68,10 @@ class Twins:
         assert result.dtype == torch.float32
         if wanted:
             self.errors.append(float((result - expected).norm() / expected.norm()))
-            self.tokens_differ += int((result.argmax(1) != expected.argmax(1)).sum())
+            best = expected.topk(2).values
+            is_clear = best[:, 0] - best[:, 1] > (0 if self.dtype == torch.float32 else CLEAR_GAP) * expected.std(1)
+            self.tokens_compared += int(is_clear.sum())
+            self.tokens_differ += int((result.argmax(1) != expected.argmax(1))[is_clear].sum())
         for index, token in zip(wanted, expected.argmax(1).tolist(), strict=True):
             self.texts[rows[index][0]].append(token)
 
@@ -104,24 +108,29 @@ def test_float32_is_the_cpus(kind, num_stages, block_size, tmp_path):
     assert max(twins.errors) < 1e-5
 
 
+# kind -> (model of the table, heads, KV heads, head size, what else is different)
 SHAPES = {
-    "gpt2": ("gpt2", 4, 4, 64),
-    "opt": ("opt-13b", 3, 3, 128),
-    "opt-80": ("opt-2.7b", 4, 4, 80),
-    "opt-post-norm": ("opt-350m", 4, 4, 64),
-    "bloom": ("bloom-7b1", 4, 4, 128),
-    "llama": ("llama-3-8b", 8, 2, 128),
-    "smollm2": ("smollm2-135m", 9, 3, 64),
+    "gpt2": ("gpt2", 4, 4, 64, {}),
+    "opt": ("opt-13b", 3, 3, 128, {}),
+    "opt-80": ("opt-2.7b", 4, 4, 80, {}),
+    "opt-post-norm": ("opt-350m", 4, 4, 64, {}),
+    "bloom": ("bloom-7b1", 4, 4, 128, {}),
+    "llama": ("smollm2-135m", 9, 3, 64, {"rope_scaling": RopeScaling("llama3", 4.0, original_max_positions=64)}),
+    "llama-untied": ("llama-3-8b", 8, 2, 128, {"qkv_bias": True, "out_bias": True, "ffn_bias": True}),
+    "mistral": ("llama-3-8b", 8, 2, 96, {}),
+    "qwen2": ("smollm2-135m", 8, 2, 128, {"qkv_bias": True}),
 }
+assert set(SHAPES) >= set(KINDS)
 
 
 def small_spec(kind):
-    name, heads, kv_heads, head_dim = SHAPES[kind]
+    name, heads, kv_heads, head_dim, changes = SHAPES[kind]
     spec, hidden_size = MODELS[name], heads * head_dim
     ffn_size = 3 * hidden_size if spec.gated_ffn else 4 * hidden_size
     sizes = {"hidden_size": hidden_size, "ffn_size": ffn_size, "num_heads": heads, "num_kv_heads": kv_heads}
     embedding = {"embedding_size": 128} if spec.embedding_size else {}
-    return replace(spec, num_layers=4, head_dim=head_dim, vocab_size=1001, max_positions=512, **sizes, **embedding)
+    fixed = {"num_layers": 4, "head_dim": head_dim, "vocab_size": 1001, "max_positions": 512}
+    return replace(spec, **fixed, **sizes, **embedding, **changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -136,16 +145,21 @@ def test_half_precision_is_near(kind, dtype):
     twins = Twins(spec, load, dtype, 2, 16)
     play(twins, spec.vocab_size)
     assert max(twins.errors) < 1e-2
+    assert twins.tokens_differ == 0
+    assert twins.tokens_compared > 20
     chosen = twins.stages["cuda"][0][0].cuda.products.chosen
     assert {rows for _, rows in chosen} == {1, 2, 4, 8}
 
 
-def test_tokens_may_lie_on_the_device():
+def test_tokens_may_lie_on_the_device_and_preparing_leaves_the_pool_alone():
     spec = small_spec("opt")
     weights = dummy_stage(spec, Shard(0, 4, 4), torch.float16)
     model = StageModel(spec, Shard(0, 4, 4), {name: tensor.cuda() for name, tensor in weights.items()})
     pool = torch.zeros(8, 4, 2, 16, spec.num_kv_heads, spec.head_dim, dtype=torch.float16, device="cuda")
-    model.warm_up(pool, [2])
+    pool.normal_()
+    before = pool.clone()
+    model.warm_up(pool, [2], 100)
+    assert torch.equal(pool, before)
     prompt = Batch(torch.arange(20), [11, 9], [0, 0], [[1], [0]], [0, 1])
     model.forward(prompt, None, pool)
     results = []
