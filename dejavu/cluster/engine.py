@@ -446,7 +446,7 @@ def make_worker(
         swap.mover.books if swap else GivenBlocks(),
         make_inlet(site, holdings.stage, links),
         source,
-        make_sink(site, links, scheduler, flights, unseen),
+        make_sink(site, holdings.stage, links, scheduler, flights, unseen),
         mover,
         flights,
         make_timeline(site, clock),
@@ -471,7 +471,9 @@ def make_inlet(site: Site, stage: Stage, links: Links) -> Inlet:
     return StagedInlet(inlet, site.device.torch_device) if site.setup.on_cuda else inlet
 
 
-def make_sink(site: Site, links: Links, scheduler: Scheduler, flights: Flights, unseen: UnseenTokens) -> Sink:
+def make_sink(
+    site: Site, stage: Stage, links: Links, scheduler: Scheduler, flights: Flights, unseen: UnseenTokens
+) -> Sink:
     """Pass hidden states on; on the last stage sample, and tell the first stage and the controller."""
     channel, shard, on_cuda = site.channel, site.shard, site.setup.on_cuda
     if not shard.is_last and links.outbox is not None:
@@ -482,18 +484,25 @@ def make_sink(site: Site, links: Links, scheduler: Scheduler, flights: Flights, 
     if shard.tp_rank > 0:
         leader = site.pipeline.rank_of(site.placement.stage)
         return ToSum(logits) if isinstance(logits, LogitSum) else ToLeader(channel, leader)
-    head = site.pipeline.head
-    to_head = scheduler.sampled if head == channel.rank else lambda sampled: channel.send(head, sampled)
+    return Sampling(
+        site.setup.spec, logits, flights.now_s, make_news(site, scheduler, flights), unseen, stage.likeliest
+    )
 
-    def to_controller(sampled: Sampled) -> None:
-        channel.send(CONTROLLER, sampled)
 
-    def to_controller_later(sampled: Sampled) -> None:
-        flights.later.append(lambda: to_controller(sampled))
+def make_news(site: Site, scheduler: Scheduler, flights: Flights) -> Callable[[Sampled], None]:
+    """Tell new tokens to the first stage and to the controller; a GPU's next pass is queued first, if it is here."""
+    channel, head = site.channel, site.pipeline.head
+    if head != channel.rank:
+        return lambda sampled: channel.send_to_all((head, CONTROLLER), sampled)
 
-    # On a GPU the next pass is queued first, if it is queued here.
-    tell = [to_head, to_controller_later if on_cuda and head == channel.rank else to_controller]
-    return Sampling(site.setup.spec, logits, flights.now_s, tell, unseen)
+    def tell(sampled: Sampled) -> None:
+        scheduler.sampled(sampled)
+        if site.setup.on_cuda:
+            flights.later.append(lambda: channel.send(CONTROLLER, sampled))
+        else:
+            channel.send(CONTROLLER, sampled)
+
+    return tell
 
 
 def make_logits(site: Site, links: Links) -> Logits:

@@ -66,7 +66,7 @@ class CudaDevice(Device):
         """Make this device's context current in the calling thread."""
         call(driver.cuCtxSetCurrent, self._context)
 
-    @property
+    @cached_property
     def torch_device(self) -> "torch.device":
         """Give torch's name."""
         import torch
@@ -146,7 +146,7 @@ class CudaDevice(Device):
         """Give torch's current stream."""
         import torch
 
-        handle = torch.cuda.current_stream(self.torch_device).cuda_stream
+        handle = torch._C._cuda_getCurrentRawStream(self.properties.index)  # a tenth of current_stream's time
         if handle not in self._torch_streams:
             self._torch_streams[handle] = CudaStream(self, handle, "compute", owner=False)
         return self._torch_streams[handle]

@@ -87,7 +87,7 @@ class FlagWatch:
     def add(self, stream: "CudaStream", position: int, flag: AwaitedFlag) -> None:
         """Note a wait that was just queued; its position was taken before."""
         with self._lock:
-            self._forget_reached()
+            self._forget_oldest()
             self._start()
             event = self._idle.pop() if self._idle else _new_event()
         call(driver.cuEventRecord, event, stream.handle)  # may block: not under the lock, which the thread needs
@@ -164,6 +164,11 @@ class FlagWatch:
             ctypes.c_uint32.from_address(flag.address).value = flag.value
         else:
             call(driver.cuStreamWriteValue32, self._rescue, flag.address, flag.value, 0)
+
+    def _forget_oldest(self) -> None:
+        """Let go of waits from the oldest on, as far as they are over: one more look, where the next one is not."""
+        while self._waits and reached(self._waits[0].event):
+            self._idle.append(self._waits.pop(0).event)
 
     def _forget_reached(self) -> None:
         kept = []

@@ -8,7 +8,7 @@ from statistics import median
 
 from dejavu.engine.messages import Work
 from dejavu.engine.timeline import Mark
-from dejavu.measure.records import StepRecord
+from dejavu.measure.records import StepKind, StepRecord
 
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 20e-6, 1e-3
 TELL_EVERY_S = 0.5
@@ -16,7 +16,7 @@ TELL_EVERY_S = 0.5
 Finish = Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Flight:
     """Hold a pass that is under way: when `landed` is reached, `finish` does what is left to do for it."""
 
@@ -26,6 +26,10 @@ class Flight:
     landed: Mark
     finish: Finish | None
     host_s: float = 0.0  # that queueing it took
+    kind: StepKind = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kind = self.work.kind
 
 
 @dataclass(slots=True)
@@ -44,6 +48,7 @@ class Flights:
     host_s: dict[str, list[float]] = field(default_factory=dict)  # by kind, what each pass took of this thread
     under_way: deque[Flight] = field(default_factory=deque)
     later: deque[Finish] = field(default_factory=deque)  # what may wait until the next pass is queued
+    late_s: float = 0.0  # that this took since the last pass landed
     began_s: float = 0.0  # when the first of them was at its turn
     usual_s: dict[str, float] = field(default_factory=dict)  # what the last pass of each kind took
     tell: Callable[[float], None] = lambda compute_s: None  # who watches the run, how long this rank computed
@@ -59,13 +64,20 @@ class Flights:
 
     def look(self) -> float:
         """Finish what is done; give the seconds after which to look again, or infinity."""
-        while self.later:
-            self.later.popleft()()
+        if self.later:
+            self.catch_up()
         while self.under_way and self.under_way[0].landed.reached:
             self.land(self.under_way.popleft())
         if self.later:
             return 0.0
         return self.until_next_s() if self.under_way else float("inf")
+
+    def catch_up(self) -> None:
+        """Do what could wait; the time that it takes counts for the next pass that lands."""
+        begun_s = time.monotonic()
+        while self.later:
+            self.later.popleft()()
+        self.late_s += time.monotonic() - begun_s
 
     def drain(self) -> None:
         """Wait until everything is done."""
@@ -80,19 +92,21 @@ class Flights:
 
     def until_next_s(self) -> float:
         """Give half of the time that the next pass has left, or a part of that by which it is late."""
-        left_s = self.began_s + self.usual_s.get(self.under_way[0].work.kind, 0.0) - self.now_s()
+        left_s = self.began_s + self.usual_s.get(self.under_way[0].kind, 0.0) - self.now_s()
         return min(LONGEST_LOOK_S, max(SHORTEST_LOOK_S, left_s / 2 if left_s > 0 else -left_s / 16))
 
     def land(self, flight: Flight) -> None:
         """Finish a pass and note when it was here."""
         landed_s = self.now_s()
-        self.usual_s[flight.work.kind] = landed_s - self.began_s
+        self.usual_s[flight.kind] = landed_s - self.began_s
         self.began_s = landed_s
         self.check()
         if flight.finish:
             flight.finish()
         self.record(flight)
-        self.host_s.setdefault(flight.work.kind, []).append(flight.host_s + self.now_s() - landed_s)
+        host_s = flight.host_s + self.late_s + self.now_s() - landed_s
+        self.host_s.setdefault(flight.kind, []).append(host_s)
+        self.late_s = 0.0
 
     def record(self, flight: Flight) -> None:
         """Note when a pass was here."""
@@ -105,7 +119,7 @@ class Flights:
                 *self.place,
                 work.microbatch,
                 work.step,
-                work.kind,
+                flight.kind,
                 len(work.rows),
                 sum(row.num_new for row in work.rows),
                 start_s,

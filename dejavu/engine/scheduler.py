@@ -18,6 +18,8 @@ class RowProgress:
     admission: Admission
     context: int
     num_output: int
+    prompt_len: int
+    num_known: int  # tokens of the prompt, and what is repeated behind it
     next_token: int | None = None  # sampled, not yet passed through the pipeline
     drawing: int = 0  # passes under way that draw a token for it
     is_new: bool = True  # no pass has told the other stages of it
@@ -25,19 +27,20 @@ class RowProgress:
     @classmethod
     def begin(cls, admission: Admission) -> "RowProgress":
         """Begin behind what the cache holds: at the prompt, or behind it."""
-        return cls(admission, admission.num_cached, len(admission.outputs))
+        prompt_len, num_output = len(admission.request.prompt_token_ids), len(admission.outputs)
+        return cls(admission, admission.num_cached, num_output, prompt_len, prompt_len + num_output)
 
     @property
     def prompt_left(self) -> int:
         """Give the number of known tokens still to process: of the prompt, and what is repeated behind it."""
-        known = len(self.admission.request.prompt_token_ids) + len(self.admission.outputs)
-        return max(0, known - self.context)
+        return max(0, self.num_known - self.context)
 
     @property
     def takes_one(self) -> bool:
         """Tell whether the next pass is a token step: one token behind the prompt."""
-        behind = self.context >= len(self.admission.request.prompt_token_ids)
-        return behind and (self.prompt_left == 1 or self.next_token is not None)
+        if self.next_token is not None:
+            return True
+        return self.context >= self.prompt_len and self.num_known == self.context + 1
 
     @property
     def is_unseen(self) -> bool:
@@ -164,7 +167,7 @@ class Scheduler:
 
     def choose_rows(self, microbatch: Microbatch) -> Iterator[tuple[RowProgress, int]]:
         """Give the rows of the next pass, each with its number of new tokens."""
-        waiting = (p for p in microbatch.rows.values() if p.prompt_left and not p.takes_one)
+        waiting = (p for p in microbatch.rows.values() if p.context < p.num_known and not p.takes_one)
         prompts = sorted(waiting, key=lambda p: p.admission.serial)
         if self.prompt_chunk and prompts and microbatch.in_flight:
             return  # tokens that nobody has seen cannot share a pass with prompts
@@ -212,9 +215,8 @@ def choose_steps(microbatch: Microbatch) -> list[RowProgress]:
 
 def take_tokens(progress: RowProgress, num_new: int) -> tuple[int, ...]:
     """Give the next tokens of a row to pass through the pipeline: known ones, or the one sampled last."""
-    if progress.prompt_left:
+    if progress.next_token is None:
         return progress.known(progress.context, num_new)
-    assert progress.next_token is not None
     token = progress.next_token
     progress.next_token = None
     return (token,)
@@ -222,11 +224,10 @@ def take_tokens(progress: RowProgress, num_new: int) -> tuple[int, ...]:
 
 def advance(progress: RowProgress, num_new: int) -> RowWork:
     """Describe a row's part of a pass, and count its tokens as cached."""
-    admission = progress.admission
-    is_prompt = progress.context < len(admission.request.prompt_token_ids) or num_new > 1
-    samples = progress.prompt_left <= num_new
-    prompt_len = len(admission.request.prompt_token_ids) + len(admission.outputs)
-    work = RowWork(admission.serial, admission.row, num_new, progress.context, is_prompt, samples, prompt_len)
+    admission, context = progress.admission, progress.context
+    is_prompt = context < progress.prompt_len or num_new > 1
+    samples = progress.num_known <= context + num_new
+    work = RowWork(admission.serial, admission.row, num_new, context, is_prompt, samples, progress.num_known)
     progress.context += num_new
     progress.drawing += samples
     progress.is_new = False

@@ -1,6 +1,6 @@
 """Where a worker's result goes: hidden states to the next stage, logits into the next tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from dejavu.engine.flight import Finish
 from dejavu.engine.logits import Logits, LogitSum
 from dejavu.engine.messages import Admission, RowWork, Sampled, SampledToken, Work
-from dejavu.engine.unseen import UnseenTokens
+from dejavu.engine.unseen import Landing, UnseenTokens
 from dejavu.model.sampling import Draw, RowState, download, start_draw
 from dejavu.model.spec import ModelSpec
 
@@ -119,15 +119,21 @@ class Sampling:
         spec: ModelSpec,
         logits: Logits,
         now_s: Callable[[], float],
-        tell: Sequence[Callable[[Sampled], None]],
+        tell: Callable[[Sampled], None],
         unseen: UnseenTokens,
+        likeliest: Callable[[Tensor], Tensor],
     ) -> None:
-        """Take what brings the tensor ranks' logits together, whom to tell each result, and what keeps it till then."""
+        """Take what brings the tensor ranks' logits together, whom to tell each result, and what keeps it till then.
+
+        `likeliest` gives the argmax of each row of logits.
+        """
         self.spec = spec
         self.logits = logits
         self.now_s = now_s
         self.tell = tell
         self.unseen = unseen
+        self.likeliest = likeliest
+        self.landing = Landing()
         self.rows: dict[tuple[int, int], RowState] = {}
 
     def put(self, work: Work, output: Tensor) -> Finish:
@@ -136,7 +142,7 @@ class Sampling:
             self.admit(admission)
         due = [row for row in work.rows if row.samples]
         states = [self.rows[work.microbatch, row.row] for row in due]
-        draw = start_draw(self.logits.gather(output), states) if due else None
+        draw = start_draw(self.logits.gather(output), states, self.likeliest, self.landing.take) if due else None
         if draw:
             self.unseen.note(work.microbatch, [row.row for row in due], draw.drawn)
         for state in states:
@@ -150,9 +156,10 @@ class Sampling:
             tokens.append(SampledToken(row.serial, len(state.output), result.token_id, result.logprobs))
             state.output.append(result.token_id)
             state.num_unseen -= 1
+        if draw:
+            self.landing.give(draw.token_ids, draw.drawn)
         sampled = Sampled(work.step, work.microbatch, tuple(tokens), self.now_s(), work.start_s)
-        for tell in self.tell:
-            tell(sampled)
+        self.tell(sampled)
 
     def admit(self, admission: Admission) -> None:
         """Begin a row's history."""

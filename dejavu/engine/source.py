@@ -1,7 +1,6 @@
 """Where a worker's work comes from: the first stage's leader schedules it, every other rank is handed it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Protocol
 
 from dejavu.engine.flight import Flights
@@ -64,7 +63,7 @@ class Scheduled:
             self.listen()
             pause_s = min(self.mover.look(), self.flights.look())
             if work := self.scheduler.next_work():
-                return replace(work, start_s=self.now_s())
+                return work._replace(start_s=self.now_s())
             patience.pause(at_most_s=pause_s)
         return None
 

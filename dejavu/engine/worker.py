@@ -18,6 +18,8 @@ from dejavu.engine.unseen import UnseenTokens
 from dejavu.model.batch import Batch
 from dejavu.transport.mpi import Channel
 
+NO_TOKENS = torch.empty(0, dtype=torch.int64)
+
 
 class Stage(Protocol):
     """Compute the layers of one stage: the real model, or one that waits instead."""
@@ -35,6 +37,9 @@ class Stage(Protocol):
 
         `layer_done` is called with each layer's number in the model when its K and V are in the pool.
         """
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Give the likeliest token of each row of logits; the stage may have found those of its last pass already."""
 
 
 class BlockTable(Protocol):
@@ -122,7 +127,7 @@ class Worker:
         hidden = self.inlet.take(work)
         start = self.timeline.mark()
         layer_done = self.mover.begin(work)  # before the batch: it may decide where rows lie
-        output = self.stage.forward(self.batch(work), hidden, self.pool, layer_done)
+        output = self.stage.forward(self.batch(work, hidden), hidden, self.pool, layer_done)
         self.inlet.release()
         self.mover.end(work)
         computed = self.timeline.mark()
@@ -130,10 +135,10 @@ class Worker:
         landed = self.timeline.mark()
         self.flights.add(Flight(work, start, computed, landed, finish, time.monotonic() - begun_s))
 
-    def batch(self, work: Work) -> Batch:
-        """Describe a pass to the model."""
+    def batch(self, work: Work, hidden: Tensor | None) -> Batch:
+        """Describe a pass to the model; only the first stage, which gets no hidden states, needs the tokens."""
         return Batch(
-            token_ids=self.token_ids(work),
+            token_ids=self.token_ids(work) if hidden is None else NO_TOKENS,
             num_new=[row.num_new for row in work.rows],
             context=[row.context for row in work.rows],
             blocks=[self.blocks.find(work.microbatch, row.row) for row in work.rows],

@@ -43,7 +43,7 @@ def compile_module(name: str, device: torch.device, definitions: Mapping[str, ob
 
 def current_stream(device: torch.device) -> int:
     """Give torch's current stream."""
-    return int(torch.cuda.current_stream(device).cuda_stream)
+    return torch._C._cuda_getCurrentRawStream(device.index or 0)  # a tenth of current_stream's time
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +49,7 @@ class CudaStage:
         self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None
     ) -> Tensor:
         """Queue a pass, as `StageModel.forward` says."""
-        with torch.cuda.device(self.device):
+        with on_device(self.device):
             if not batch.is_token_generation:
                 return PromptPass(self.parts, batch, hidden, pool).run(layer_done)
             output = self.steps.forward(batch, hidden, pool)
@@ -56,6 +57,11 @@ class CudaStage:
             for layer in range(self.parts.shard.first_layer, self.parts.shard.last_layer):
                 layer_done(layer)
         return output
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Give the likeliest token of each row of the logits that a pass gave; a token step has found them already."""
+        found = self.steps.likeliest(logits)
+        return logits.argmax(dim=-1) if found is None else found
 
     def warm_up(self, pool: Tensor, row_counts: Sequence[int], prompt_tokens: int) -> None:
         """Choose products and capture the graphs of token steps of so many rows; tensor ranks do it together.
@@ -80,6 +86,12 @@ class CudaStage:
         )
         hidden = pool.new_zeros(num_tokens, self.parts.spec.hidden_size)
         PromptPass(self.parts, batch, hidden, block).run(None)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device torch's current one, where it is not: to ask is cheaper."""
+    is_current = torch.cuda.current_device() == device.index
+    return nullcontext() if is_current else torch.cuda.device(device)
 
 
 def exact_sums() -> None:

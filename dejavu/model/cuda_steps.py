@@ -42,6 +42,7 @@ class StepMemory:
             self.arrivals = torch.zeros(
                 num_rows, operations.attention_blocks, dtype=torch.int32, device=operations.device
             )
+            self.likeliest = torch.zeros(num_rows, dtype=torch.int64, device=operations.device)
         self._named: dict[str, Tensor] = {}
 
     def make(self, *shape: int, dtype: torch.dtype | None = None, rows: bool = True) -> Tensor:
@@ -164,6 +165,8 @@ class TokenPass(StagePass):
         out = self.memory.named("logits", logits.num_out, torch.float32)
         if logits.num_out:
             self.products.run(logits, x, out, None)
+        if self.parts.shard.tp_size == 1:
+            torch.argmax(out, dim=-1, out=self.memory.likeliest)
         return out
 
 
@@ -177,23 +180,27 @@ class StepGraph:
 
 
 class PinnedRing:
-    """Hand out pinned words in turn; each again when the copy out of it is complete."""
+    """Hand out pinned words in turn; each again when the copy out of it is complete, which is asked by halves."""
 
     def __init__(self, num_words: int, num_slots: int = RING_SLOTS) -> None:
         with torch.inference_mode(mode=False):
             self._slots = [torch.zeros(num_words, dtype=torch.int32, pin_memory=True) for _ in range(num_slots)]
         self._arrays: list[Words] = [slot.numpy() for slot in self._slots]
-        self._events = [torch.cuda.Event() for _ in range(num_slots)]  # type: ignore[no-untyped-call]
+        self._half = num_slots // 2
+        self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         self._next = 0
 
     def upload(self, write: Callable[[Words], int], target: Tensor) -> None:
         """Let `write` fill words and say how many there are, and queue their copy to the start of `target`."""
         place = self._next
         self._next = (place + 1) % len(self._slots)
-        self._events[place].synchronize()  # returns at once unless all slots are in flight
+        half, first = divmod(place, self._half)
+        if first == 0:
+            self._events[half].synchronize()  # returns at once unless half of the slots are in flight
         count = write(self._arrays[place])
         target[:count].copy_(self._slots[place][:count], non_blocking=True)
-        self._events[place].record()
+        if first == self._half - 1:
+            self._events[half].record()
 
 
 class TokenSteps:
@@ -204,6 +211,7 @@ class TokenSteps:
         self._graphs: dict[tuple[int, int], StepGraph] = {}
         self._rings: dict[int, PinnedRing] = {}
         self._tables = BlockTables()
+        self._last: StepGraph | None = None
 
     def forward(self, batch: Batch, hidden: Tensor | None, pool: Tensor) -> Tensor:
         """Queue a step, without waiting for the device; the output is the graph's, until its next step."""
@@ -224,7 +232,18 @@ class TokenSteps:
         elif not on_host:
             memory.words[: batch.num_rows].copy_(batch.token_ids)
         step.graph.replay()
+        self._last = step
         return self._selected(batch, step.output)
+
+    def likeliest(self, logits: Tensor) -> Tensor | None:
+        """Give the likeliest tokens, int64, where `logits` are those that `forward` gave last, of the whole vocabulary.
+
+        They are the graph's, as the logits are.
+        """
+        step = self._last
+        if step is None or self.parts.shard.tp_size > 1 or logits.data_ptr() != step.output.data_ptr():
+            return None
+        return step.memory.likeliest[: len(logits)]
 
     def prepare(self, num_rows: int, pool: Tensor) -> StepGraph:
         """Give the graph for so many rows, captured when it is first asked for."""

@@ -157,6 +157,13 @@ class StageModel:
         if self.cuda is not None:
             self.cuda.warm_up(pool, row_counts, prompt_tokens)
 
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Give the likeliest token, int64, of each row of logits, at best of those that `forward` gave last.
+
+        On CUDA they may be memory of the stage, for what is queued before the next pass.
+        """
+        return logits.argmax(dim=-1) if self.cuda is None else self.cuda.likeliest(logits)
+
     @torch.no_grad()
     def forward(
         self, batch: Batch, hidden: Tensor | None, pool: Tensor, layer_done: Callable[[int], None] | None = None

@@ -15,7 +15,7 @@ vocabulary, while every boundary of a cumulative sum over 50 000 tokens moves.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,8 +64,7 @@ class RowState:
         return self.params.top_k > 0 or self.params.top_p < 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """Hold one row's new token, and its log-probabilities where the request asked for them."""
 
     token_id: int
@@ -104,8 +103,15 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> list[Sampled]:
     return draw.read()
 
 
-def start_draw(logits: Tensor, rows: Sequence[RowState]) -> Draw:
+def start_draw(
+    logits: Tensor,
+    rows: Sequence[RowState],
+    likeliest: Callable[[Tensor], Tensor] | None = None,
+    land: Callable[[Tensor], Tensor] | None = None,
+) -> Draw:
     """Begin to draw one token per row; `logits` is float32 [num_rows, vocab], read only.
+
+    `likeliest` gives the argmax of each row, `land` brings tokens to the host, where there is a better way than usual.
 
     A token that an id in its parameters names must be in the
     vocabulary. Log-probabilities are those of the raw logits, before any of the module's steps, as vLLM's. On a GPU
@@ -113,12 +119,14 @@ def start_draw(logits: Tensor, rows: Sequence[RowState]) -> Draw:
     """
     assert logits.shape[0] == len(rows), f"{logits.shape[0]} rows of logits for {len(rows)} rows"
     if all(row.is_plain for row in rows):
-        token_ids = logits.argmax(dim=-1)
-        return Draw(download(token_ids), token_ids, {}, None)
+        token_ids = likeliest(logits) if likeliest else logits.argmax(dim=-1)
+        return Draw((land or download)(token_ids), token_ids, {}, None)
     scores = add_noise(process_logits(logits, rows), rows)
     token_ids = scores.argmax(dim=-1)
     reported = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
-    return Draw(download(token_ids), token_ids, reported, _logprobs(logits, reported, token_ids) if reported else None)
+    return Draw(
+        (land or download)(token_ids), token_ids, reported, _logprobs(logits, reported, token_ids) if reported else None
+    )
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

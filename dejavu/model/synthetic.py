@@ -38,6 +38,10 @@ class SyntheticStage:
         tokens = batch.token_ids.float()[:, None] if hidden is None else hidden
         return self.logits(batch, tokens) if self.shard.is_last else tokens
 
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Give the likeliest token of each row."""
+        return logits.argmax(dim=-1)
+
     def pass_s(self, batch: Batch) -> float:
         """Give the time of a pass."""
         prompts = [new > 1 or before == 0 for new, before in zip(batch.num_new, batch.context, strict=True)]

@@ -88,6 +88,12 @@ class Channel:
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         self.post(dest, CONTROL, data, data, ring=ring)
 
+    def send_to_all(self, dests: Sequence[int], message: object) -> None:
+        """Post an object to several ranks."""
+        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        for dest in dests:
+            self.post(dest, CONTROL, data, data)
+
     def send_if_whole(self, dest: int, message: object) -> None:
         """Post an object to `dest`, unless a rank was lost, which the next call of another method tells."""
         with suppress(PeerLostError):

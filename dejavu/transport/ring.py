@@ -27,18 +27,18 @@ class Ring:
     capacity: int
     number: int = 0
     end: int = 0
-    held: deque[Slot] = field(default_factory=deque)  # places that no later message has overlapped, oldest first
+    held: deque[Slot] = field(default_factory=deque)  # that no later message has overlapped, as they come from `end` on
 
     def place(self, nbytes: int) -> Slot:
         """Give the next message's place."""
         size = aligned(nbytes)
         assert 0 < size <= self.capacity, f"a message of {nbytes} bytes in a ring of {self.capacity}"
         begin = self.end if self.end + size <= self.capacity else 0
+        if begin < self.end:  # what lies behind the last place is met again after all that lies before it
+            self.held.rotate(-sum(slot.offset >= self.end for slot in self.held))
         after = 0
-        for slot in list(self.held):
-            if slot.offset < begin + size and begin < slot.offset + slot.nbytes:
-                after = slot.number
-                self.held.remove(slot)
+        while self.held and self.held[0].offset < begin + size and begin < self.held[0].offset + self.held[0].nbytes:
+            after = max(after, self.held.popleft().number)
         self.number += 1
         self.end = begin + size
         slot = Slot(self.number, begin, size, after)

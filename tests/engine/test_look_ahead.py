@@ -135,11 +135,15 @@ def serve(requests, cancels, stage, seed):
     books, unseen, taken = Books(deque(requests), cancels, timeline), UnseenTokens(), []
     scheduler = Scheduler(1, 0, 12, SPEC.eos_token_ids, looks_ahead=seed is not None)
     flights = Flights(1, (0, 0), timeline.now_s)
-    tell = [scheduler.sampled, lambda sampled: flights.later.append(lambda: books.take(sampled))]
+
+    def tell(sampled):
+        scheduler.sampled(sampled)
+        flights.later.append(lambda: books.take(sampled))
+
     pool = torch.full((3 * ROWS, SPEC.num_layers, 2, BLOCK_SIZE, SPEC.num_kv_heads, SPEC.head_dim), 1e4)
     worker = Worker(
         books, stage, pool, GivenBlocks(), NoInlet(), Scheduled(books, NoMover(), flights, scheduler, timeline.now_s),
-        Sampling(SPEC, OneRank(), timeline.now_s, tell, unseen), NoMover(), flights, timeline, unseen,
+        Sampling(SPEC, OneRank(), timeline.now_s, tell, unseen, stage.likeliest), NoMover(), flights, timeline, unseen,
         followers=[], peers=[],
     )  # fmt: skip
     step = worker.step
