@@ -139,7 +139,7 @@ class SampledToken(NamedTuple):
     """The next token of one request; `index` counts its output tokens from 0."""
 
     serial: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides that of tuples, which no token needs
     token_id: int
     logprobs: TokenLogprobs | None
 
