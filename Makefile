@@ -57,7 +57,7 @@ reproduce: install
 	$(BIN)/dejavu bench reproduce $(if $(GPU),--gpu)
 
 gpu-test: install
-	$(BIN)/python -m pytest -m 'gpu or gpu2' --ignore=tests/mpi
+	$(BIN)/python -m pytest -rs -m 'gpu or gpu2' --ignore=tests/mpi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis results/junit
