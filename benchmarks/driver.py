@@ -15,7 +15,7 @@ from dejavu.cluster.jobs import start_job
 from dejavu.cluster.launcher import RUN_DIR, world_rank
 from dejavu.measure.environment import describe_run
 from dejavu.measure.records import write_table
-from dejavu.measure.render import format_number
+from dejavu.measure.render import format_value
 from dejavu.measure.run_directory import RunDirectory
 
 Row = dict[str, Any]
@@ -74,14 +74,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
         words = isinstance(rows[0][column], str)
         table.add_column(column.replace("_", " "), justify="left" if words else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(shown(value) for value in row.values()))
+        table.add_row(*(format_value(value) for value in row.values()))
     console = Console()
     console.width = max(console.width, console.measure(table, options=console.options.update(width=WIDEST)).maximum)
     console.print(table)
-
-
-def shown(value: object) -> str:
-    """Write a value of a table for people."""
-    if value is None:
-        return "-"
-    return format_number(value) if isinstance(value, float) else str(value)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from dejavu.errors import UsageError
+from dejavu.measure.render import format_value
 
-from .driver import Row, finish, open_run_directory, run_ranks, shown
+from .driver import Row, finish, open_run_directory, run_ranks
 from .generate import numbers
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def publish(world: "RankWorld", rows: list[Row], notes: list[str], options: Row,
 def tell(world: "RankWorld", row: Row, options: Row) -> None:
     """Print a row as it is measured, where that is wanted."""
     if options["verbose"] and world.rank == 0:
-        click.echo(", ".join(f"{name} {shown(value)}" for name, value in row.items()))
+        click.echo(", ".join(f"{name} {format_value(value)}" for name, value in row.items()))
 
 
 # Sums

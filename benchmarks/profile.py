@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from dejavu.errors import UsageError
+from dejavu.measure.render import format_value
 from dejavu.planning.profile import Profile, PromptTime, TokenTime
 
-from .driver import Row, finish, open_run_directory, run_ranks, shown
+from .driver import Row, finish, open_run_directory, run_ranks
 from .generate import numbers
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def measure_degree(group: "Group", resolved: Any, options: Row) -> list[Row]:
     for case in cases(options):
         rows.append(measure_case(runs, ceilings, case, options["repeats"], wrong))
         if options["verbose"] and group.comm.rank == 0:
-            click.echo(", ".join(f"{name} {shown(value)}" for name, value in rows[-1].items()))
+            click.echo(", ".join(f"{name} {format_value(value)}" for name, value in rows[-1].items()))
     return with_ratios(rows)
 
 

@@ -68,10 +68,10 @@ def help_text(field: FieldInfo) -> str:
     """Give a field's description, its choices, and its default where there is one."""
     words = choices(field.annotation)
     text = f"{field.description} One of {', '.join(words)}." if words else f"{field.description}"
-    return text if field.default is None else f"{text} [{shown(field.default)}]"
+    return text if field.default is None else f"{text} [{as_given(field.default)}]"
 
 
-def shown(default: object) -> str:
+def as_given(default: object) -> str:
     """Write a default as one gives it."""
     if isinstance(default, bool):
         return "on" if default else "off"

@@ -6,16 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dejavu.measure.render import format_number
-
-
-def shown(value: Any) -> str:
-    """Write a cell for people."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return format_number(value)
-    return str(value)
+from dejavu.measure.render import format_value
 
 
 def row_table(row: Mapping[str, Any], title: str) -> Table:
@@ -24,7 +15,7 @@ def row_table(row: Mapping[str, Any], title: str) -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in row.items():
-        table.add_row(name, shown(value))
+        table.add_row(name, format_value(value))
     return table
 
 
@@ -36,5 +27,5 @@ def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], ti
         last = name == list(columns)[-1]
         table.add_column(heading, justify="left" if text else "right", no_wrap=not last)
     for row in rows:
-        table.add_row(*[shown(row[name]) for name in columns])
+        table.add_row(*[format_value(row[name]) for name in columns])
     return table

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from dejavu.cli.options import metavar, shown
+from dejavu.cli.options import as_given, metavar
 from dejavu.config import ServeConfig, choices
 from dejavu.planning.workload_fields import FIELDS
 
@@ -38,7 +38,7 @@ def option_row(name, field):
     flag = f"`{flag}`, `--no-{flag[2:]}`" if field.annotation is bool else f"`{flag} {metavar(name, field)}`"
     words = choices(field.annotation)
     meaning = f"{field.description} One of {', '.join(f'`{word}`' for word in words)}." if words else field.description
-    default = "" if field.default is None else f"`{shown(field.default)}`"
+    default = "" if field.default is None else f"`{as_given(field.default)}`"
     return f"| {flag} | {default} | {meaning} |"
 
 

@@ -49,7 +49,7 @@ def rank_table(topology: "Topology", hosts: Sequence[str], devices: Sequence[str
         row: dict[str, Any] = {"rank": place.rank, "role": place.role.value, "host": host, "device": device}
         if place.shard is not None:
             layers = [place.shard.first_layer, place.shard.last_layer]
-            row |= {"stage": place.stage, "tp_rank": place.shard.tp_rank, "layers": layers}
+            row |= {"pipeline": place.pipeline, "stage": place.stage, "tp_rank": place.shard.tp_rank, "layers": layers}
         rows.append(row)
     return rows
 

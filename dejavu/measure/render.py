@@ -91,6 +91,15 @@ def format_number(value: float) -> str:
     return f"{value:.{max(0, 2 - exponent)}f}" if value else "0"
 
 
+def format_value(value: object) -> str:
+    """Write any cell of a table for people: numbers with few digits, `-` for nothing."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return format_number(value) if isinstance(value, float) else str(value)
+
+
 def format_seconds(seconds: float) -> str:
     """Write a time with three digits in the unit that suits it."""
     if seconds != seconds or abs(seconds) >= 0.9995:

@@ -210,6 +210,7 @@ def test_run_yaml_says_what_ran_where_and_with_what(tmp_path):
         "role": "both",
         "host": "h2",
         "device": "cpu B",
+        "pipeline": 0,
         "stage": 1,
         "tp_rank": 0,
         "layers": [3, 5],

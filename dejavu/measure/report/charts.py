@@ -145,12 +145,15 @@ def draw_bars(axes: Any, steps: Sequence[StepRecord], ranks: Sequence[int], colo
 
 
 def rank_names(run: Run) -> dict[int, str]:
-    """Name the workers by role and stage, with the tensor rank where a stage has several."""
+    """Name the workers by role and stage, with pipeline and tensor rank where there are several."""
     names = {}
+    copies = (run.description.get("config") or {}).get("dp") or 1
     for rank in run.description.get("ranks") or []:
         if "stage" in rank:
             role = {"both": "stage"}.get(rank["role"], rank["role"])
-            names[rank["rank"]] = f"{role} {rank['stage']}" + (f".{rank['tp_rank']}" if rank["tp_rank"] else "")
+            pipeline = f"pipeline {rank['pipeline']} " if copies > 1 and "pipeline" in rank else ""
+            tensor_rank = f".{rank['tp_rank']}" if rank["tp_rank"] else ""
+            names[rank["rank"]] = f"{pipeline}{role} {rank['stage']}{tensor_rank}"
     return names
 
 

@@ -21,8 +21,9 @@ METRICS = {
     "p95_tpot_s": "time per later token, p95, s",
     "p50_normalized_latency_s": "latency per output token, p50, s",
     "p95_normalized_latency_s": "latency per output token, p95, s",
-    "peak_kv_bytes": "peak KV, bytes",
+    "peak_kv_bytes": "peak KV, MiB",
 }
+SCALES = {"peak_kv_bytes": 2.0**-20}  # to the unit of the title, where it is not the column's
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; beyond the table the normal's.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 NORMAL_95 = 1.96
@@ -46,6 +47,10 @@ class Estimate:
             return cls(float(kept[0]), math.nan, 1)
         error = float(kept.std(ddof=1)) / math.sqrt(kept.size)
         return cls(float(kept.mean()), student(kept.size - 1) * error, int(kept.size))
+
+    def times(self, factor: float) -> "Estimate":
+        """Give the estimate in another unit."""
+        return Estimate(self.mean * factor, self.half_width * factor, self.count)
 
     def over(self, base: "Estimate") -> "Estimate":
         """Give the ratio to another estimate; relative errors add in squares (delta method)."""
@@ -101,7 +106,9 @@ def varying_options(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def label_of(run: Run, varying: Sequence[str]) -> str:
     """Name a run by its values of the varying options that it has switched on."""
-    parts = [f"{name.replace('_', '-')} {run.config[name]}" for name in varying if run.config.get(name)]
+    idle = {"pp", "dp"} if run.config.get("prompt_pp") else {"dp"} if run.config.get("dp") == 1 else set()
+    telling = [name for name in varying if run.config.get(name) and name not in idle]
+    parts = [f"{name.replace('_', '-')} {run.config[name]}" for name in telling]
     return ", ".join(parts) or run.name
 
 

@@ -36,7 +36,8 @@ details{margin:1rem 0}summary{cursor:pointer}pre{overflow-x:auto;background:var(
 li{margin:.3rem 0}a{color:var(--s0)}
 @media(max-width:640px){.wide{display:none}.narrow{display:block}body{padding:.8rem}}
 """
-NUMBER = re.compile(r"-|-?[0-9.]+( ?(%|B|[KMGT]iB|s|ms|µs))?")
+NUMBER = re.compile(r"-|-?[0-9.]+( ?(%|B|[KMGT]iB|s|ms|µs))?|[-0-9.]+( ± [0-9.]+)?( \([-0-9.]+( ± [0-9.]+)? x\))?")
+LOST = "What a process had noted of its passes is lost with it: plots and steps.csv have the others' alone."
 TILES = ("requests", "throughput", "time to first token", "time per later token", "idle by stage")
 
 
@@ -47,7 +48,7 @@ def run_page(run: Run) -> str:
     parts += [tiles(table) for table in tables if table.title == "Summary"]
     if run.failures:
         items = "".join(f"<li>{escape(failure_sentence(row))}</li>" for row in run.failures)
-        parts.append(f"<h2>Failures</h2><ol>{items}</ol>")
+        parts.append(f"<h2>Failures</h2><ol>{items}</ol><p class='faint'>{LOST}</p>")
     parts += [figure_html(figure) for figure in run_figures(run)]
     parts += [picture_html(path) for path in run.pictures]
     parts += [table_html(table) for table in tables]

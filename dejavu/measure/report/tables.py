@@ -1,11 +1,11 @@
 """Write a report's numbers as tables of text: for pages, for Markdown, for CSV."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dejavu.measure.render import format_bytes, format_number, format_percent, format_seconds
-from dejavu.measure.report.compare import METRICS, Estimate, Group
+from dejavu.measure.render import format_bytes, format_number, format_percent, format_seconds, format_value
+from dejavu.measure.report.compare import METRICS, SCALES, Estimate, Group
 from dejavu.measure.report.runs import Run
 
 GB = 1e9
@@ -37,7 +37,7 @@ def run_tables(run: Run) -> list[TextTable]:
         tables.append(rank_table(run, ranks))
     for name, rows in run.tables.items():
         if rows:
-            tables.append(TextTable(name, tuple(rows[0]), tuple(tuple(map(shown, row.values())) for row in rows)))
+            tables.append(TextTable(name, tuple(rows[0]), tuple(map(csv_cells, rows))))
     return tables
 
 
@@ -96,7 +96,7 @@ def comparison_table(groups: Sequence[Group]) -> TextTable:
     """Set the groups side by side, one metric a row: mean, half width of the 95 % interval, ratio to the first."""
     rows = []
     for metric, title in METRICS.items():
-        estimates = [group.estimate(metric) for group in groups]
+        estimates = [group.estimate(metric).times(SCALES.get(metric, 1.0)) for group in groups]
         if any(estimate.count for estimate in estimates):
             first = estimates[0]
             cells = [interval(first), *(beside(estimate, first) for estimate in estimates[1:])]
@@ -116,10 +116,15 @@ def beside(estimate: Estimate, first: Estimate) -> str:
     return f"{interval(estimate)} ({interval(estimate.over(first))} x)"
 
 
-def shown(cell: str) -> str:
-    """Shorten a number for people, and leave words alone."""
+def csv_cells(row: Mapping[str, str]) -> tuple[str, ...]:
+    """Write a row of a CSV file for people."""
+    return tuple(format_value(read_cell(cell)) for cell in row.values())
+
+
+def read_cell(cell: str) -> str | float:
+    """Read a cell of a CSV file as the number that it is, unless it is a whole one, or words."""
     try:
         value = float(cell)
     except (TypeError, ValueError):
-        return "-" if cell in (None, "") else cell
-    return cell if value.is_integer() and "." not in cell else format_number(value)
+        return cell
+    return cell if value.is_integer() and "." not in cell else value
