@@ -6,9 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := results/runs/$(shell date +%Y%m%d-%H%M%S)-demo
+SEED ?= 0
 SOURCES := dejavu cli benchmarks tests
 
-.PHONY: help install serve test lint gpu-test demo reproduce clean
+.PHONY: help install serve test lint gpu-test demo reproduce soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +19,7 @@ help:
 	@echo 'make lint      check style and types'
 	@echo 'make gpu-test  run the tests that need a CUDA device'
 	@echo 'make demo      kill a worker while serving, with everything switched on; report and trace at the end'
+	@echo 'make soak      kill and stop ranks at 50 random moments of one run (SEED=N draws others); some ten minutes'
 	@echo 'make reproduce do the figures of the paper again (GPU=1 on GPUs), ours beside theirs'
 	@echo 'make clean     remove $(VENV) and what builds and tests leave'
 
@@ -55,6 +57,11 @@ demo: install
 
 reproduce: install
 	$(BIN)/dejavu bench reproduce $(if $(GPU),--gpu)
+
+soak: install
+	$(BIN)/dejavu fail-inject soak.yaml --random 50 --seed $(SEED) --lose memory --no-progress
+	$(BIN)/dejavu fail-inject soak.yaml --random 50 --seed $(SEED) --lose memory --no-progress \
+		--prompt-pp 0 --token-pp 0 --pp 3
 
 gpu-test: install
 	$(BIN)/python -m pytest -rs -m 'gpu or gpu2' --ignore=tests/mpi

@@ -2,17 +2,18 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import rich_click
 import yaml
 from rich.console import Console
 
-from dejavu.cluster.injection import FAULTS, Fault, parse_fault, to_environment
+from dejavu.cluster.injection import FAULTS, Fault, parse_fault, random_faults, to_environment
 from dejavu.config import ServeConfig, load_config
 from dejavu.engine.journal import Past, read_journal
 from dejavu.errors import UsageError
@@ -21,14 +22,20 @@ from dejavu.measure.records import write_csv
 from dejavu.topology import Topology, build_topology, required_ranks
 
 from .options import config_options, find_profile, given
+from .serve import restarts_of
 from .tables import rows_table
 
 HELP = """Serve a workload while ranks are killed or stopped on purpose, and check every output against a run without.
 
 WHO@WHEN is such as `token:1@step=40`, `token:1.0@step=40` (stage and tensor rank), `prompt:0@t=3.5`, `both:2@step=9`,
-`spare:0@t=2`, `controller@step=20`, `rank:3@t=1`; a step is one of a microbatch, and t counts seconds from the start of
-serving. All options of `dejavu serve` are taken; give --spares for each rank that is to be replaced. Exit code 1 where
-an output differs or a request is lost. Ends with one line of JSON."""
+`spare:0@t=2`, `controller@step=20`, `rank:3@t=1`, `both:0@tokens=500`; a step is one of a microbatch, t counts seconds
+from the start of serving, and tokens those of all requests. --random N draws all that by --seed. All options of `dejavu
+serve` are taken; give --spares for each rank that is to be replaced, or --on-failure wait. Exit code 1 where an output
+differs, a request is lost, a failure that was asked for could not be caused, or anything is left behind. Ends with one
+line of JSON."""
+
+if TYPE_CHECKING:
+    from dejavu.cluster.leavings import Before
 
 Runs = dict[str, Path]
 
@@ -42,6 +49,7 @@ def own_option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 @click.argument("profile", required=False)
 @own_option("--kill", "kills", multiple=True, metavar="WHO@WHEN", help="Kill a rank; may be repeated.")
 @own_option("--stop", "stops", multiple=True, metavar="WHO@WHEN", help="Stop a rank (SIGSTOP): it hangs. May repeat.")
+@own_option("--random", "num_random", type=int, default=0, metavar="N", help="Kill and stop N ranks at random moments.")
 @own_option("--every", type=int, default=0, metavar="N", help="Do it again each N steps, or N seconds with t=.")
 @own_option("--lose", type=click.Choice(["memory"]), help="Lose the victim's device memory too: KV and weights.")
 @own_option("--compare", is_flag=True, help="Also serve as a plain server does: everything restarts at the failure.")
@@ -50,40 +58,83 @@ def command(
     profile: str | None,
     kills: tuple[str, ...],
     stops: tuple[str, ...],
+    num_random: int,
     every: int,
     lose: str | None,
     compare: bool,
     **values: Any,
 ) -> int:
     """Run the command."""
+    from dejavu.cluster.leavings import Before
+    from dejavu.cluster.resilience import read_outputs
+    from dejavu.cluster.supervisor import new_job
     from dejavu.measure.run_directory import RunDirectory
     from dejavu.model.resolve import resolve_model
 
     config = load_config(find_profile(profile), given(values))
     topology = build_topology(config, resolve_model(config.model, "dummy").spec, required_ranks(config))
-    faults = parse_faults(kills, stops, every, topology, loses_memory=lose is not None)
-    directory = RunDirectory.create("fail-inject", config.out).path
+    faults = parse_faults(kills, stops, every, topology, loses_memory=lose is not None, is_random=num_random > 0)
+    directory, before = RunDirectory.create("fail-inject", config.out).path, Before()
     runs = {name: directory / name for name in ("whole", "failure")}
-    if code := serve(config, runs["whole"], ()):
+    jobs = [new_job(), new_job()]
+    if code := serve(config, runs["whole"], (), jobs[0]):
         return code
-    serve(config, runs["failure"], faults)
+    if num_random:
+        num_tokens = sum(map(len, read_outputs(runs["whole"]).values()))
+        faults += random_faults(num_random, topology, num_tokens, config.seed, loses_memory=lose is not None)
+    serve(config, runs["failure"], faults, jobs[1])
     if compare:
         runs |= serve_with_restart(config, directory, faults)
-    return report(directory, runs)
+    return report(directory, runs, Aftermath.of(runs["failure"], len(faults), before, jobs))
+
+
+@dataclass(frozen=True, slots=True)
+class Aftermath:
+    """Say how many failures were asked for and caused, and what the jobs have left on this host."""
+
+    asked: int
+    kinds: dict[str, int]  # those caused, each at least once
+    left: list[str]
+
+    @classmethod
+    def of(cls, run: Path, asked: int, before: "Before", jobs: Sequence[str]) -> "Aftermath":
+        """Look at a run that has ended."""
+        from dejavu.cluster.injection import IncidentLog
+        from dejavu.cluster.leavings import left_behind
+
+        kinds: Counter[str] = Counter({i.fault: i.kind for i in IncidentLog(run).read() if i.fault >= 0}.values())
+        return cls(asked, dict(kinds), left_behind(before, jobs))
+
+    @property
+    def is_good(self) -> bool:
+        """Tell whether all was caused, and nothing is left."""
+        return sum(self.kinds.values()) == self.asked and not self.left
+
+    def describe(self) -> list[str]:
+        """Say it in words."""
+        parts = ", ".join(f"{count} by {kind}" for kind, count in sorted(self.kinds.items()))
+        caused = f"{sum(self.kinds.values())} of {self.asked} failures were caused" + (f": {parts}." if parts else ".")
+        return [caused, f"Left behind: {', '.join(self.left) or 'nothing'}."]
 
 
 def parse_faults(
-    kills: Sequence[str], stops: Sequence[str], every: int, topology: Topology, *, loses_memory: bool
+    kills: Sequence[str],
+    stops: Sequence[str],
+    every: int,
+    topology: Topology,
+    *,
+    loses_memory: bool,
+    is_random: bool = False,
 ) -> list[Fault]:
     """Read what is to happen; UsageError where nothing is."""
-    if not kills and not stops:
+    if not kills and not stops and not is_random:
         raise UsageError("nothing is to fail: give --kill or --stop, such as --kill both:0@step=10")
     asked = [(text, "kill") for text in kills] + [(text, "stop") for text in stops]
     return [parse_fault(text, kind, topology, every, loses_memory=loses_memory) for text, kind in asked]  # type: ignore[arg-type]
 
 
-def serve(config: ServeConfig, out: Path, faults: Sequence[Fault]) -> int:
-    """Serve with these faults in a job of its own; give its exit code."""
+def serve(config: ServeConfig, out: Path, faults: Sequence[Fault], job: str = "") -> int:
+    """Serve with these faults in a job of its own, of this name if one is given; give its exit code."""
     from dejavu.cluster.jobs import start_job
 
     profile = out.parent / f"{out.name}.yaml"
@@ -99,6 +150,8 @@ def serve(config: ServeConfig, out: Path, faults: Sequence[Fault]) -> int:
             out=str(out),
             hostfile=config.hostfile,
             progress=config.progress,
+            restarts=restarts_of(config),
+            job=job,
         )
     finally:
         del os.environ[FAULTS]
@@ -109,7 +162,7 @@ def serve_with_restart(config: ServeConfig, directory: Path, faults: Sequence[Fa
     from dejavu.cluster.resilience import write_remaining
 
     runs = {name: directory / name for name in ("restart-1", "restart-2")}
-    plain = config.replace(spares=0, replicate="off")
+    plain = config.replace(spares=0, replicate="off", on_failure="abort")
     serve(plain, runs["restart-1"], faults)
     remaining = directory / "remaining.jsonl"
     write_remaining(journal_of(runs["restart-1"]), remaining)
@@ -122,7 +175,7 @@ def journal_of(directory: Path) -> Past:
     return read_journal(directory / "journal.jsonl")
 
 
-def report(directory: Path, runs: Runs) -> int:
+def report(directory: Path, runs: Runs, aftermath: Aftermath) -> int:
     """Check the outputs, write and show the comparison, and give the exit code."""
     from dejavu.cluster.resilience import LatencyRow, ProgressRow, Restart, differing, read_outputs
 
@@ -139,9 +192,11 @@ def report(directory: Path, runs: Runs) -> int:
     failures = pasts["failure"].failures
     write_csv(directory / "failures.csv", failures, FailureRecord)
     show(directory, failures, latency, wrong)
+    for line in aftermath.describe():
+        print(line)
     tables = {"rows": [plain(row) for row in failures], "latency": [plain(row) for row in latency]}
-    print(json.dumps({"bench": "fail-inject", "run": str(directory), **tables}))
-    return int(bool(wrong))
+    print(json.dumps({"bench": "fail-inject", "run": str(directory), **tables, "aftermath": asdict(aftermath)}))
+    return int(bool(wrong) or not aftermath.is_good)
 
 
 def compare_runs(expected: dict[str, list[int]], pasts: dict[str, Past], restart: Any) -> tuple[list[Any], list[Any]]:

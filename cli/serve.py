@@ -79,7 +79,7 @@ def go_on(run: Path) -> int:
 
 def restarts_of(config: ServeConfig) -> int:
     """Give how often a lost run is started again."""
-    return MOST_RESTARTS if config.on_failure == "respawn" else 0
+    return MOST_RESTARTS if config.on_failure != "abort" else 0
 
 
 def be_rank(config: ServeConfig) -> int:

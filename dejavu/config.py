@@ -124,10 +124,11 @@ class ServeConfig(BaseModel):
     replica_transport: Literal["auto", "tcp", "mpi"] = option(
         "auto", "Failures", "What carries replicas to another host, tcp by default; one host shares memory by default."
     )
-    on_failure: Literal["abort", "respawn"] = option(
+    on_failure: Literal["abort", "wait", "respawn"] = option(
         "abort",
         "Failures",
-        "Without a spare left, or when mpirun itself dies: end the run, or start it again where it was.",
+        "Without a spare left: end the run, wait until a new one that is started has joined, or start the run again "
+        "where it was; that is also done when mpirun itself dies, unless the run is to end.",
     )
     hang_timeout: float = option(
         10.0, "Failures", "Seconds that a process may stand still, stopped by a signal, before it is ended.", gt=0

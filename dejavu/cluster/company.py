@@ -11,16 +11,19 @@ from dejavu.cluster.accelerator import share_memory
 from dejavu.cluster.injection import IncidentLog
 from dejavu.cluster.keeping import needs_replica_carrier
 from dejavu.cluster.launcher import RUN_DIR
+from dejavu.cluster.muster import Lost, Recruiting
 from dejavu.engine.controller import Controller
 from dejavu.engine.messages import Ready, Rehearse
 from dejavu.engine.recovery import Death, Gathered
 from dejavu.engine.seating import join_restored
 from dejavu.engine.setup import EngineSetup
-from dejavu.errors import PeerLostError
+from dejavu.errors import EndedByPeerError, PeerLostError
 from dejavu.measure.clock import ClockSample, RunClock, estimate_offset
+from dejavu.measure.run_directory import RunDirectory
 from dejavu.topology import CONTROLLER
 from dejavu.transport.membership import is_cut_off
 from dejavu.transport.mpi import Channel
+from dejavu.transport.recruit import Recruit
 
 LOAD_DEADLINE_S = 1800.0
 CLOCK_SAMPLES = 10
@@ -30,37 +33,72 @@ MOST_FALSE_ALARMS = 3  # in a row, after which an error that is no rank's death 
 class Rounds:
     """Reform the ranks after each loss, on every rank alike."""
 
-    def __init__(self, channel: Channel, setup: EngineSetup) -> None:
+    def __init__(self, channel: Channel, setup: EngineSetup, lost: Lost = ()) -> None:
+        """Begin with nobody lost; or, in a process that has joined, with who was lost before."""
         self.channel = channel
         self.setup = setup
         channel.is_recoverable = setup.is_recoverable
         self.false_alarms = 0
-        self.incidents = IncidentLog(Path(os.environ.get(RUN_DIR, "/nowhere")))
+        directory = os.environ.get(RUN_DIR, "/nowhere")
+        self.incidents = IncidentLog(Path(directory))
+        self.result = RunDirectory(Path(directory)).result_file
+        self.recruiting = Recruiting(channel, setup, directory, Recruit)
+        self.lost = list(lost)  # ranks, and the processes that played them; until `settle` has told
 
     def reform(self, error: PeerLostError) -> tuple[Death, ...]:
         """Find out who is left, and let spares take the places of the dead; raise the error where that cannot be."""
         if not self.setup.is_recoverable:
             raise error
+        while True:
+            self.count_survivors(error)
+            try:
+                return self.settle()
+            except EndedByPeerError:
+                raise
+            except PeerLostError as again:
+                error = again
+
+    def count_survivors(self, error: PeerLostError) -> None:
+        """Agree on who is left; raise an error where the run cannot go on with them."""
         topology, before = self.setup.topology, self.channel.membership
         lost = self.channel.recover(topology.first_spare)
+        if self.result.exists():
+            raise EndedByPeerError("another rank has ended the job: look for its error above")
         membership = self.channel.membership
         if is_cut_off(before, membership.processes, self.channel.process_hosts):
             raise PeerLostError("most other ranks are out of reach: this side of a cut network stops") from error
         self.false_alarms = 0 if lost else self.false_alarms + 1
         if self.false_alarms > MOST_FALSE_ALARMS:
             raise error
-        if vacant := [rank for rank in membership.vacant if rank < topology.first_spare]:
+        self.lost += [(rank, before.places[rank] or 0) for rank in lost]
+        vacant = [rank for rank in membership.vacant if rank < topology.first_spare]
+        if vacant and not self.setup.is_refilled:
             who = ", ".join(f"{topology.name(rank)} (rank {before.places[rank]})" for rank in vacant)
             raise PeerLostError(f"{who} died and no spare is left to take over: start with more --spares") from error
-        return tuple(self.describe(rank, before.places[rank] or 0) for rank in lost)
+
+    def settle(self) -> tuple[Death, ...]:
+        """Let processes join who are to, and give who was lost; all ranks call this together."""
+        if self.setup.is_refilled and self.recruiting.muster(self.lost):
+            self.false_alarms = 0
+        lost, self.lost = self.lost, []
+        return tuple(self.describe(rank, process) for rank, process in lost)
 
     def describe(self, rank: int, process: int) -> Death:
         """Say what is known of a process that died."""
-        mine = [incident for incident in self.incidents.read() if incident.process == process]
+        mine = [incident for incident in self.incidents.read() if incident.pid == self.channel.pids[process]]
         injected_s = min((incident.time_s for incident in mine if incident.fault >= 0), default=nan)
         is_hang = any(incident.kind != "kill" for incident in mine)
         successor = self.channel.membership.places[rank]
         return Death(self.setup.topology.name(rank), process, successor, "hang" if is_hang else "death", injected_s)
+
+    def refill(self) -> None:
+        """Start a process for a spare that was used up, and let all ranks pause for it to join if none is left."""
+        if self.setup.is_refilled and self.recruiting.is_called_for():
+            self.channel.revoke()
+
+    def dismiss(self) -> None:
+        """End what was started and is not needed any more."""
+        self.recruiting.dismiss()
 
 
 class WorkerCompany(Rounds):

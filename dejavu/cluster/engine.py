@@ -124,6 +124,8 @@ def run_controller(
     result = drive(controller)
     cpu = meter.read()
     reports = controller.stop(workers)
+    for lane in seating.lanes:
+        assert lane.table.is_empty, f"blocks of {lane.table.occupants} were never given back"
     return result, Outcome(reports, tuple(peak_blocks(seating.lanes)), cpu, controller.failures.records)
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +24,10 @@ Kind = Literal["kill", "stop"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Say which rank is to be killed or stopped, at which step or second, and with `every` again after so many."""
+    """Say which rank is to be killed or stopped, at which step or second, and with `every` again after so many.
+
+    Or when so many tokens have been given out, of all requests.
+    """
 
     rank: int
     kind: Kind
@@ -30,11 +35,14 @@ class Fault:
     time_s: float | None = None
     every: int = 0
     loses_memory: bool = False
+    tokens: int | None = None
 
-    def is_due(self, times_done: int, step: int, now_s: float) -> bool:
+    def is_due(self, times_done: int, step: int, now_s: float, tokens: int = 0) -> bool:
         """Tell whether it is to happen now, having happened so often."""
         if times_done and not self.every:
             return False
+        if self.tokens is not None:
+            return tokens >= self.tokens + times_done * self.every
         if self.step is not None:
             return step >= self.step + times_done * self.every
         assert self.time_s is not None
@@ -44,12 +52,33 @@ class Fault:
 def parse_fault(text: str, kind: Kind, topology: Topology, every: int = 0, *, loses_memory: bool = False) -> Fault:
     """Read WHO@WHEN, such as `token:1.0@step=40` or `controller@t=3.5`; UsageError says how it is written."""
     who, _, when = text.partition("@")
-    moment = re.fullmatch(r"step=(\d+)|t=(\d+(?:\.\d+)?)", when)
+    moment = re.fullmatch(r"step=(\d+)|t=(\d+(?:\.\d+)?)|tokens=(\d+)", when)
     if not moment:
         raise UsageError(f"{text!r} does not say when: write {who or 'token:1'}@step=40 or {who or 'token:1'}@t=3.5")
     step = None if moment[1] is None else int(moment[1])
     time_s = None if moment[2] is None else float(moment[2])
-    return Fault(find_rank(who, topology), kind, step, time_s, every, loses_memory)
+    tokens = None if moment[3] is None else int(moment[3])
+    return Fault(find_rank(who, topology), kind, step, time_s, every, loses_memory, tokens)
+
+
+def random_faults(
+    count: int, topology: Topology, num_tokens: int, seed: int, *, loses_memory: bool = False
+) -> list[Fault]:
+    """Draw failures of any ranks, spares and controller among them, spread over a run that gives out so many tokens.
+
+    One in four stops a rank, the others kill it; where they may lose memory, one in three of these does. None comes in
+    the last twentieth, so that there is a run left to go on. The same arguments give the same failures.
+    """
+    latest = num_tokens * 19 // 20
+    if count > latest:
+        raise UsageError(f"{count} random failures do not fit into {num_tokens} tokens: serve more, or ask for fewer")
+    draw = random.Random(f"{seed} failures")  # noqa: S311 (nothing to guess)
+    faults = []
+    for tokens in sorted(draw.sample(range(1, latest + 1), count)):
+        kind: Kind = "stop" if draw.random() < 1 / 4 else "kill"
+        loses = draw.random() < 1 / 3 and loses_memory and kind == "kill"
+        faults.append(Fault(draw.randrange(len(topology.placements)), kind, loses_memory=loses, tokens=tokens))
+    return faults
 
 
 def find_rank(who: str, topology: Topology) -> int:
@@ -93,6 +122,7 @@ class Incident:
     kind: Literal["kill", "stop", "hang"]
     time_s: float
     fault: int = -1  # its number in the list, where it was caused on purpose
+    pid: int = 0
 
 
 class IncidentLog:
@@ -113,9 +143,9 @@ class IncidentLog:
             return []
         return [Incident(**json.loads(line)) for line in self.path.read_text().splitlines()]
 
-    def times_done(self, fault: int) -> int:
-        """Count how often a fault was caused."""
-        return sum(incident.fault == fault for incident in self.read())
+    def times_done(self) -> Counter[int]:
+        """Count how often each fault was caused, by its number."""
+        return Counter(incident.fault for incident in self.read() if incident.fault >= 0)
 
 
 @dataclass(slots=True)
@@ -129,16 +159,21 @@ class Injector:
     log: IncidentLog
     drop_memory: Callable[[str], object]
     topology: Topology
+    done: Counter[int] = field(init=False)  # by whoever played these ranks before, too
 
-    def look(self, step: int, now_s: float, find: Callable[[int], tuple[int, int] | None]) -> None:
-        """Cause what is due; `find` gives the process that plays a rank, and its pid."""
+    def __post_init__(self) -> None:
+        self.done = self.log.times_done()
+
+    def look(self, step: int, now_s: float, find: Callable[[int], tuple[int, int] | None], tokens: int = 0) -> None:
+        """Cause what is due, `find` gives the process that plays a rank, and its pid."""
         for number, fault in self.faults:
-            if not fault.is_due(self.log.times_done(number), step, now_s) or not (found := find(fault.rank)):
+            if not fault.is_due(self.done[number], step, now_s, tokens) or not (found := find(fault.rank)):
                 continue
+            self.done[number] += 1
             process, pid = found
             if fault.loses_memory and self.topology.placements[fault.rank].shard:
                 self.drop_memory(f"{place_name(self.topology.placements[fault.rank])}/")
-            self.log.note(Incident(process, fault.kind, now_s, number))
+            self.log.note(Incident(process, fault.kind, now_s, number, pid))
             os.kill(pid, SIGNALS[fault.kind])
 
 

@@ -32,8 +32,11 @@ def plan_launch(
     *,
     hostfile: str | None = None,
     directory: RunDirectory | None = None,
+    job: str = "",
 ) -> Launch:
     """Make the launch of `dejavu ARGUMENTS` for this terminal; with a `directory`, as a job that reports there.
+
+    The `job` has a new name unless one is given, which nobody else may know or have.
 
     A job's ranks get a secret in their environment, by which the `tcp` carrier tells them from strangers.
     """
@@ -47,7 +50,7 @@ def plan_launch(
         terminal=Terminal(console.width, color=console.is_terminal and not console.no_color),
         hostfile=hostfile,
         run_dir=directory.path.absolute() if directory else None,
-        job=new_job() if directory else None,
+        job=(job or new_job()) if directory else None,
     )
 
 
@@ -61,6 +64,7 @@ def start_job(
     progress: bool = True,
     restarts: int = 0,
     resume: RunDirectory | None = None,
+    job: str = "",
 ) -> int:
     """Run `dejavu ARGUMENTS` on `num_ranks` ranks with a new run directory; give its exit code, after its error.
 
@@ -69,7 +73,7 @@ def start_job(
     console = Console()
     plan_launch(num_ranks, arguments, console, hostfile=hostfile)  # what is missing is said before a directory is made
     directory = resume or RunDirectory.create(name, out)
-    launch = plan_launch(num_ranks, arguments, console, hostfile=hostfile, directory=directory)
+    launch = plan_launch(num_ranks, arguments, console, hostfile=hostfile, directory=directory, job=job)
     if resume:
         resume.result_file.unlink(missing_ok=True)
         launch = replace(launch, environment={**launch.environment, RESUME: "1"})

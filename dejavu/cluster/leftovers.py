@@ -13,6 +13,7 @@ from dejavu.cluster.launcher import JOB
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SEGMENTS = "sm_segment.*"  # what Open MPI names its ranks' shared memory
+NEW_S = 1.0
 GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
 
@@ -61,17 +62,31 @@ def remove_session_files(mpirun_pid: int, started: float) -> None:
     alone: another job may be about to map them.
     """
     shutil.rmtree(Path(tempfile.gettempdir(), f"ompi.{mpirun_pid}"), ignore_errors=True)
-    candidates = [path for path in SHARED_MEMORY.glob(SEGMENTS) if is_left_since(path, started)]
-    mapped = mapped_segments() if candidates else set()
-    for path in candidates:
-        if str(path) not in mapped:
+    left = left_segments(started)
+    if any(is_new(path) for path in left):
+        time.sleep(NEW_S)
+        left = left_segments(started)
+    for path in left:
+        if not is_new(path):
             path.unlink(missing_ok=True)
 
 
-def is_left_since(path: Path, started: float) -> bool:
-    """Tell whether a file is this user's, and was made after `started` and more than a second ago."""
+def left_segments(started: float) -> list[Path]:
+    """List Open MPI's shared-memory files of this user that were made since `started` and that nobody maps."""
+    candidates = [path for path in SHARED_MEMORY.glob(SEGMENTS) if is_made_since(path, started)]
+    mapped = mapped_segments() if candidates else set()
+    return [path for path in candidates if str(path) not in mapped]
+
+
+def is_made_since(path: Path, started: float) -> bool:
+    """Tell whether a file is this user's, and was made after `started` (seconds of the epoch)."""
     try:
         found = path.stat()
     except FileNotFoundError:
         return False
-    return found.st_uid == os.getuid() and started <= found.st_mtime < time.time() - 1
+    return found.st_uid == os.getuid() and started <= found.st_mtime
+
+
+def is_new(path: Path) -> bool:
+    """Tell whether a file was made just now, by a process that may be about to map it."""
+    return is_made_since(path, time.time() - NEW_S)

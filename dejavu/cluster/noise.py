@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 RULE = re.compile(r"-{70,}\s*")
+NOISE = re.compile(r"(LAUNCHER JOB OBJECT NOT FOUND)+|\[warn\] Epoll ADD\(4\) on fd \d+ failed")  # after MPI_Comm_spawn
 MOST_LINES = 40
 BOILERPLATE = (
     "MPI_ABORT was invoked",
     "exited with non-zero status",
     "non-zero exit code",
     "exited on signal",
+    "prterun noticed that process rank",
     "has exited due to process rank",
     "was killed without calling",
     "is not tested for post-failure",  # of one-sided windows, which the program gives deadlines of its own
@@ -29,6 +31,8 @@ class BoilerplateFilter:
 
     def push(self, line: str) -> list[str]:
         """Take one line of mpirun's stderr, and give the lines to show now."""
+        if NOISE.match(line):
+            return []
         is_rule = RULE.fullmatch(line) is not None
         if not self.held and not is_rule:
             return [line]

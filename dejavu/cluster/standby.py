@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from dejavu.cluster.company import Rounds
+from dejavu.cluster.muster import Lost
 from dejavu.cluster.participant import Participant
 from dejavu.engine.messages import Farewell, Ready, Rehearse
 from dejavu.engine.recovery import Death
@@ -26,28 +27,32 @@ class Calling:
     detected_s: float
 
 
-def stand_by(channel: Channel, setup: EngineSetup) -> Calling | None:
+def stand_by(channel: Channel, setup: EngineSetup, lost: Lost | None = None) -> Calling | None:
     """Work, or wait as a spare for the place of a rank that dies, until the controller says farewell.
 
-    Gives a calling where this process has to be the controller from now on.
+    Gives a calling where this process has to be the controller from now on. A process that has joined the run just now
+    gives who was `lost` before.
     """
-    rounds = Rounds(channel, setup)
+    rounds = Rounds(channel, setup, lost or ())
     with ExitStack() as stack:
         participant = Participant(channel, setup, stack)
         if channel.rank >= setup.topology.first_spare:
             warm_up()
             participant.enter_device()
         while True:
+            detected_s, deaths = time.monotonic(), None
             try:
-                participant.take_part()
-                await_farewell(channel, participant)
+                if lost is not None:
+                    lost, deaths = None, rounds.settle()
+                else:
+                    participant.take_part()
+                    await_farewell(channel, participant)
+                    return None
             except PeerLostError as error:
                 detected_s = time.monotonic()
                 deaths = rounds.reform(error)
-                if channel.rank == CONTROLLER:
-                    return Calling(deaths, detected_s)
-            else:
-                return None
+            if channel.rank == CONTROLLER:
+                return Calling(deaths, detected_s)
 
 
 def warm_up() -> None:

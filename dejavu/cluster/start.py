@@ -15,6 +15,7 @@ from dejavu.cluster.injection import IncidentLog, Injector, faults_for, from_env
 from dejavu.cluster.job import Job, prepare
 from dejavu.cluster.keeping import open_vault
 from dejavu.cluster.launcher import RESUME, RUN_DIR
+from dejavu.cluster.muster import Lost
 from dejavu.cluster.process import refuse
 from dejavu.cluster.standby import Calling, say_farewell, stand_by
 from dejavu.cluster.status import status
@@ -38,6 +39,7 @@ from dejavu.topology import CONTROLLER, Role, Topology
 from dejavu.transport.mpi import Channel
 
 STATUS_EVERY_S = 0.2
+REFILL_EVERY_S = 0.05
 JOURNAL = "journal.jsonl"
 
 
@@ -49,7 +51,7 @@ def run_rank(config: ServeConfig) -> int:
     try:
         code = serve(channel, config) if channel.rank == CONTROLLER else work(channel)
     except PeerLostError as error:
-        if config.on_failure == "respawn":
+        if config.on_failure != "abort":
             raise RunLostError(str(error)) from error
         raise
     part(channel, code)
@@ -80,6 +82,14 @@ def work(channel: Channel) -> int:
         if calling:
             return take_over(channel, setup, calling)
     return 0
+
+
+def be_spare(channel: Channel, setup: EngineSetup, lost: Lost) -> None:
+    """Take part in a run that this process has joined, until it ends; the ranks `lost` before are made good first."""
+    with watching(channel, setup.config):
+        calling = stand_by(channel, setup, lost)
+    if calling:
+        take_over(channel, setup, calling)
 
 
 def take_over(channel: Channel, setup: EngineSetup, calling: Calling) -> int:
@@ -225,8 +235,11 @@ def serve_all(controller: Controller, job: Job, directory: RunDirectory, past: P
     show_status = every(STATUS_EVERY_S, lambda: directory.write_status(status(controller, topology, "serving")))
     inject = make_injection(controller, job.setup, directory)
 
+    refill = every(REFILL_EVERY_S, controller.company.refill) if controller.company else lambda: None
+
     def tick() -> None:
         inject()
+        refill()
         show_status()
 
     if past is None:
@@ -248,10 +261,17 @@ def make_injection(controller: Controller, setup: EngineSetup, directory: RunDir
     channel, lanes = controller.channel, controller.seating.lanes
 
     def find(rank: int) -> tuple[int, int] | None:
+        present, first = channel.membership.present, setup.topology.first_spare
+        if rank not in present and rank >= first:  # a spare that was used up: another one does as well
+            rank = next((spare for spare in present if spare >= first), rank)
         process = channel.membership.places[rank]
         return None if process is None else (process, channel.pids[process])
 
-    return lambda: injector.look(max(max(lane.steps) for lane in lanes), controller.clock.now_s(), find)
+    def look() -> None:
+        step = max(max(lane.steps) for lane in lanes)
+        injector.look(step, controller.clock.now_s(), find, controller.counts.tokens)
+
+    return look
 
 
 def drop_memory(setup: EngineSetup, prefix: str) -> None:

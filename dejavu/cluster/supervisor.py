@@ -15,7 +15,7 @@ from functools import partial
 from types import FrameType
 
 from dejavu.cluster.launcher import JOB, RESUME, Launch
-from dejavu.cluster.leftovers import kill_job, remove_session_files
+from dejavu.cluster.leftovers import job_processes, kill_job, remove_session_files
 from dejavu.cluster.noise import BoilerplateFilter, Lines
 from dejavu.cluster.process import JobResult, read_result, set_parent_death_signal
 from dejavu.cluster.progress import Display, read_status
@@ -129,9 +129,15 @@ class Supervisor:
             self.display.update(read_status(self.directory))
             result = read_result(self.directory)
             known_since = (known_since or now) if result else 0.0
-            if result and now - known_since > LINGER_S[result.outcome]:
+            if result and (now - known_since > LINGER_S[result.outcome] or self.is_deserted):
                 self.stop(FAILED_GRACE_S)
         self.drain(DRAIN_S)
+
+    @property
+    def is_deserted(self) -> bool:
+        """Tell whether all ranks have ended: mpirun stays for ever where one of them was started by another one."""
+        assert self.process
+        return job_processes(self.launch.environment[JOB]) == [self.process.pid]
 
     def pump(self, timeout_s: float) -> bool:
         """Pass on what has come within `timeout_s`; give False at the end of both streams."""

@@ -11,6 +11,7 @@ from dejavu.cluster.injection import Incident, IncidentLog
 from dejavu.transport.mpi import Channel
 
 LOOK_EVERY_S = 0.25
+DEAD = "XZ"
 STOPPED = "tT"  # by a signal, or by a debugger
 
 
@@ -43,7 +44,7 @@ class Watchdog(threading.Thread):
         if process != self.watched or process_state(pid) not in STOPPED:
             self.watched, self.moving_s = process, now
         elif now - self.moving_s >= self.hang_timeout_s:
-            self.log.note(Incident(process, "hang", now))
+            self.log.note(Incident(process, "hang", now, pid=pid))
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             self.moving_s = now
@@ -55,11 +56,16 @@ class Watchdog(threading.Thread):
 
 
 def next_on_host(channel: Channel) -> int | None:
-    """Give the process after this one among those of this host, in a ring; None where it is alone."""
+    """Give the process after this one among those of this host, in a ring; None where it is alone.
+
+    One that is dead is passed over, as it watches nobody: the survivors may wait for a stopped one behind it before
+    they have agreed that it is gone.
+    """
     places = channel.membership.places
     here = sorted(process for rank in channel.near if (process := places[rank]) is not None)
     behind = [process for process in here if process > channel.process]
-    return next(iter([*behind, *here]), None)
+    ring = dict.fromkeys([*behind, *here])
+    return next((process for process in ring if process_state(channel.pids[process]) not in DEAD), None)
 
 
 def process_state(pid: int) -> str:

@@ -137,11 +137,12 @@ class Controller:
         """
         patience = self.channel.patience("the next token", self.stall_timeout_s)
         while not self.is_idle or self.news:
+            epoch = self.channel.membership.epoch
             self.enduring(self.poll)
             events, self.news = self.news, []
             yield from events
             tick()
-            if events or not self.running:
+            if events or not self.running or epoch != self.channel.membership.epoch:
                 patience = self.channel.patience("the next token", self.stall_timeout_s)
             if not events:
                 patience.pause(at_most_s=self.until_next_arrival_s())
@@ -391,6 +392,8 @@ class Controller:
     def stop(self, workers: Sequence[int]) -> dict[int, Report]:
         """End the run when nothing is held for any request any more, and collect what each worker recorded."""
         self.enduring(lambda: self.end_run(workers))
+        if self.company:
+            self.company.dismiss()
         return self.reports
 
     def end_run(self, workers: Sequence[int]) -> None:

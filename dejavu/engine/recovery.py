@@ -39,6 +39,12 @@ class Company(Protocol):
     def gather(self) -> Gathered:
         """Wait until everybody is ready to go on, and share the clock."""
 
+    def refill(self) -> None:
+        """See to it that there is a spare for the next loss; called again and again."""
+
+    def dismiss(self) -> None:
+        """End what was started for a loss that has not come."""
+
 
 @dataclass(slots=True)
 class Outage:

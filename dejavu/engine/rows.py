@@ -75,6 +75,11 @@ class RowTable:
         return self.num_microbatches * self.microbatch_size
 
     @property
+    def is_empty(self) -> bool:
+        """Tell whether no row and no block is taken."""
+        return not self.occupants and len(self.blocks.free) == self.num_blocks
+
+    @property
     def is_full(self) -> bool:
         """Tell whether every row is taken."""
         return len(self.occupants) == self.num_rows

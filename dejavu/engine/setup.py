@@ -31,7 +31,12 @@ class EngineSetup:
     @property
     def is_recoverable(self) -> bool:
         """Tell whether serving can go on when a rank dies."""
-        return self.config.spares > 0
+        return self.config.spares > 0 or self.is_refilled
+
+    @property
+    def is_refilled(self) -> bool:
+        """Tell whether processes are started in the place of spares that are used up."""
+        return self.config.on_failure == "wait"
 
     @property
     def moves_kv(self) -> bool:

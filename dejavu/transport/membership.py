@@ -65,6 +65,13 @@ def reassign(before: Membership, survivors: Sequence[int], first_spare: int, hos
     return Membership(before.epoch + 1, tuple(places), tuple(survivors))
 
 
+def enlist(before: Membership, process: int) -> Membership:
+    """Give the membership with a process more, the last one in the communicator: it takes the lowest vacant rank."""
+    rank = before.vacant[0]
+    places = (*before.places[:rank], process, *before.places[rank + 1 :])
+    return Membership(before.epoch + 1, places, (*before.processes, process))
+
+
 def is_cut_off(before: Membership, survivors: Sequence[int], hosts: Sequence[str]) -> bool:
     """Tell whether these survivors are the smaller side of a cut network, which has to stop: the other one may go on.
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -15,12 +16,13 @@ from mpi4py import MPI
 from torch import Tensor
 
 from dejavu.errors import DeadlineError, EndedByPeerError, PeerLostError
-from dejavu.transport.membership import Membership, reassign
+from dejavu.transport.membership import Membership, enlist, reassign
 from dejavu.transport.waiting import Doorbell, Patience, new_job_name
 
 CONTROL, TENSOR = 1, 2
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+BRIDGE_TAG = 3
 OPEN: set["Channel"] = set()  # all channels of this process
 ABANDONED: list[object] = []  # requests of failed communicators, and the memory that MPI may still use
 
@@ -45,6 +47,21 @@ def suspecting(
     return checked
 
 
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Say all of a channel's processes that one of them has to know, in the order of their numbers."""
+
+    doorbell: str
+    hosts: tuple[str, ...]
+    pids: tuple[int, ...]
+    membership: Membership
+
+    def enlist(self, host: str, pid: int) -> "Crew":
+        """Give the crew with a process more."""
+        membership = enlist(self.membership, len(self.pids))
+        return Crew(self.doorbell, (*self.hosts, host), (*self.pids, pid), membership)
+
+
 class Channel:
     """Exchange objects and tensors with the other ranks of a communicator, of which it owns a duplicate.
 
@@ -56,18 +73,27 @@ class Channel:
     rank raises PeerLostError, until all have called `recover`; what was under way is lost then.
     """
 
-    def __init__(self, comm: MPI.Intracomm, deadline_s: float) -> None:
-        self.comm = comm.Dup()
-        self.process = comm.Get_rank()
+    def __init__(self, comm: MPI.Intracomm, deadline_s: float, crew: Crew | None = None) -> None:
+        """Make a channel together with all of `comm`; or in a process that was enlisted, as the last of its `crew`."""
+        self.comm = comm if crew else comm.Dup()
+        crew = crew or meet(self.comm)
+        self.process = crew.membership.processes[comm.Get_rank()]
         self.deadline_s = deadline_s
         self.pending: deque[tuple[MPI.Request, object]] = deque()  # with the memory that MPI may still use
-        self.doorbell = Doorbell(self.comm.bcast(new_job_name()), self.process)
-        found: list[tuple[str, int]] = self.comm.allgather((socket.gethostname(), os.getpid()))
-        self.process_hosts = [host for host, _ in found]
-        self.pids = [pid for _, pid in found]
+        self.doorbell = Doorbell(crew.doorbell, self.process)
         self.is_recoverable = False
         OPEN.add(self)
-        self.join(Membership.first(comm.Get_size()))
+        self.know(crew)
+
+    @property
+    def crew(self) -> Crew:
+        """Give what a process that joins has to know."""
+        return Crew(self.doorbell.job, tuple(self.process_hosts), tuple(self.pids), self.membership)
+
+    def know(self, crew: Crew) -> None:
+        """Take all processes as they are from now on."""
+        self.process_hosts, self.pids = list(crew.hosts), list(crew.pids)
+        self.join(crew.membership)
 
     def join(self, membership: Membership) -> None:
         """Take the ranks as they are played from now on."""
@@ -225,6 +251,26 @@ class Channel:
         self.join(reassign(before, survivors, first_spare, self.process_hosts))
         return before.lost(survivors)
 
+    def enlist(self, host: str, pid: int, leader: int, recruit: MPI.Intercomm | None) -> None:
+        """Let a process join that was started later; it takes the lowest vacant rank.
+
+        All ranks call this after `recover`, before they send anything; rank `leader` gives its `recruit`, which calls
+        `join_crew`. Raises PeerLostError, on all of them, where somebody has died meanwhile: then `recover` is next.
+        """
+        comm, place = self.comm, self.membership.route(leader)
+
+        def build() -> MPI.Intercomm:
+            pair = recruit.Merge(False) if recruit else MPI.COMM_SELF
+            return comm.Create_intercomm(place, pair, 1, BRIDGE_TAG)
+
+        bridge = unanimous(comm, build)
+        union = unanimous(comm, lambda: bridge.Merge(False))
+        is_whole = agree(union, True)
+        self.comm = union
+        self.know(self.crew.enlist(host, pid))
+        if not is_whole:
+            raise PeerLostError("a rank died while another one joined")
+
     @suspecting
     def split(self, color: int) -> MPI.Intracomm:
         """Make a communicator of the ranks that give the same `color`, in their order; all ranks call this."""
@@ -289,6 +335,39 @@ class Channel:
         """Give up the doorbell, and the communicator as it is."""
         self.doorbell.close()
         OPEN.remove(self)
+
+
+def meet(comm: MPI.Intracomm) -> Crew:
+    """Find out who takes part, together with all ranks at the start of a run."""
+    name = comm.bcast(new_job_name())
+    found: list[tuple[str, int]] = comm.allgather((socket.gethostname(), os.getpid()))
+    hosts, pids = zip(*found, strict=True)
+    return Crew(name, hosts, pids, Membership.first(len(found)))
+
+
+def join_crew(parent: MPI.Intercomm, crew: Crew, deadline_s: float) -> Channel:
+    """Be the process that the others `enlist`, and whose `parent` leads them; raise PeerLostError where that fails."""
+    try:
+        bridge = MPI.COMM_SELF.Create_intercomm(0, parent.Merge(True), 0, BRIDGE_TAG)
+        union = bridge.Merge(True)
+    except MPI.Exception as error:
+        raise PeerLostError(f"the others could not let this process join ({error}): they start another one") from error
+    agree(union, True)  # a loss meanwhile is met again at the first look
+    return Channel(union, deadline_s, crew)
+
+
+def unanimous(comm: MPI.Intracomm, action: Callable[[], Result]) -> Result:
+    """Do something together with all ranks, and give its result; PeerLostError on all of them where one has failed."""
+    error = None
+    try:
+        result = action()
+    except MPI.Exception as raised:
+        error = raised
+        with suppress(MPI.Exception):
+            comm.Revoke()
+    if not agree(comm, error is None):
+        raise PeerLostError("a rank died while another one was to join") from error
+    return result
 
 
 def agree(comm: MPI.Intracomm, opinion: bool) -> bool | None:

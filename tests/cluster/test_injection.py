@@ -15,6 +15,7 @@ from dejavu.cluster.injection import (
     faults_for,
     from_environment,
     parse_fault,
+    random_faults,
     to_environment,
 )
 from dejavu.cluster.resilience import Restart, differing, latency_rows, workload_line
@@ -75,6 +76,27 @@ def test_faults_are_due_once_or_again_and_again():
     ]
 
 
+def test_random_faults_follow_from_their_seed_and_leave_an_end():
+    topology = make_topology(prompt_pp=1, token_pp=2, spares=2)
+    faults = random_faults(50, topology, 1000, 3, loses_memory=True)
+    assert faults == random_faults(50, topology, 1000, 3, loses_memory=True)
+    assert faults != random_faults(50, topology, 1000, 4, loses_memory=True)
+    moments = [fault.tokens for fault in faults]
+    assert moments == sorted(set(moments))
+    assert 0 < moments[0] <= moments[-1] <= 950
+    assert {fault.rank for fault in faults} == set(range(6))
+    assert {(fault.kind, fault.loses_memory) for fault in faults} == {("kill", False), ("kill", True), ("stop", False)}
+    assert not any(fault.loses_memory for fault in random_faults(50, topology, 1000, 3))
+    with pytest.raises(UsageError, match="do not fit"):
+        random_faults(50, topology, 50, 3)
+
+
+def test_faults_are_due_when_so_many_tokens_are_out():
+    fault = parse_fault("rank:1@tokens=30", "kill", make_topology(pp=2))
+    assert [fault.is_due(0, 99, 99.0, tokens) for tokens in (0, 29, 30)] == [False, False, True]
+    assert faults_for([fault], 0, make_topology(pp=2))
+
+
 def test_workers_cause_their_own_and_the_controller_the_rest():
     topology = make_topology(pp=2, spares=1)
     faults = [
@@ -98,8 +120,8 @@ def test_injection_is_noted_before_it_happens_and_not_repeated(tmp_path, monkeyp
         injector.look(step, 0.5 * step, lambda rank: (7, 1234))
     assert killed == [(1234, signal.SIGKILL, 1)]
     assert dropped == ["0.1.0/"]
-    assert log.read() == [Incident(7, "kill", 2.5, 3)]
-    assert log.times_done(3) == 1
+    assert log.read() == [Incident(7, "kill", 2.5, 3, 1234)]
+    assert log.times_done()[3] == 1
 
 
 def make_past(origin_s, *requests):

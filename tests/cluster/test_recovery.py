@@ -132,6 +132,13 @@ CASES = {
         {"stage 0": 1, "stage 1": 1},
         0,
     ),
+    # no spare from the start: requests wait for one that is started, and again for the one that follows it
+    "nobody-left": (
+        ["--pp", 2, "--on-failure", "wait"],
+        [Fault(2, "kill", step=3), Fault(2, "kill", tokens=40)],
+        {"stage 1": 2},
+        0,
+    ),
     # the controller, both tensor ranks of a stage, and the one that became the controller
     "controller-tensor-ranks": (
         ["--tp", 2, "--spares", 4],
@@ -193,6 +200,24 @@ def test_perfetto_opens_the_trace_of_a_run_that_lost_ranks(base, recovered, tmp_
         arrows = list(perfetto.query("select id from flow"))
     assert len(slices) == sum(event["ph"] == "X" for event in events)
     assert len(arrows) == sum(event["ph"] in "tf" for event in events) > 0
+
+
+def test_used_spare_is_replaced_while_serving(base, expected, tmp_path):
+    """A process that joined takes a place as any spare does, the controller's too; requests wait where they have to."""
+    _, arguments = base
+    faults = [Fault(1, "kill", step=3), Fault(0, "kill", tokens=60)]
+    segments = set(SHARED_MEMORY.iterdir())
+    done = serve(tmp_path / "run", *arguments, "--pp", 2, "--spares", 1, "--on-failure", "wait", faults=faults)
+    said = f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, said
+    assert read_outputs(tmp_path / "run") == expected
+    records = read_csv(tmp_path / "run" / "failures.csv", FailureRecord)
+    assert [record.target for record in records] == ["stage 0", "controller"], said
+    assert "rank 3 takes over" in said  # the spare
+    assert "rank 4 takes over" in said  # the process that was started in its place
+    assert "starting it again" not in said, said
+    assert done.left == []
+    assert not [path for path in set(SHARED_MEMORY.iterdir()) - segments if path.name.startswith("dejavu")]
 
 
 def test_without_a_spare_left_the_run_ends_with_who_died(base, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.transport.membership import Membership, is_cut_off, reassign
+from dejavu.transport.membership import Membership, enlist, is_cut_off, reassign
 
 
 def test_spare_takes_the_place_of_the_dead_and_its_own_stays_vacant():
@@ -26,6 +26,17 @@ def test_spare_on_the_host_of_the_dead_is_preferred():
 def test_dead_spare_is_replaced_by_nobody():
     after = reassign(Membership.first(4), (0, 1, 2), 2, ["a"] * 4)
     assert (after.places, after.vacant) == ((0, 1, 2, None), (3,))
+
+
+def test_process_that_joins_takes_the_lowest_vacant_rank():
+    """That of a worker before that of a spare; its number is one that nobody had before."""
+    short = reassign(Membership.first(4), (0, 3), 3, ["a"] * 4)
+    assert short == Membership(1, (0, 3, None, None), (0, 3))
+    once = enlist(short, 4)
+    assert once == Membership(2, (0, 3, 4, None), (0, 3, 4))
+    assert enlist(once, 5).places == (0, 3, 4, 5)
+    assert [once.route(rank) for rank in once.present] == [0, 1, 2]
+    assert once.lost((0, 3)) == (2,)
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,165 @@
+"""Let further processes join a run: started beside it when spares are used up, and called in between two epochs."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dejavu.cluster.process import fail_in_thread
+from dejavu.engine.setup import EngineSetup
+from dejavu.errors import PeerLostError, RunLostError
+from dejavu.transport.mpi import Channel, Crew
+from dejavu.transport.recruit import LOOK_EVERY_S, Intercomm, Recruit
+
+PROGRAM = (sys.executable, "-m", "dejavu.cluster.recruit", socket.gethostname(), str(os.getpid()))
+WAIT_S = 120.0  # for a process to join while requests are held; then the run is started again
+SAY_EVERY_S = 10.0
+JOIN_S = 20.0  # for the calls by which all let one join; MPI may wait for ever for one that dies in just these
+Lost = Sequence[tuple[int, int]]  # ranks and the processes that played them
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """Leader → all ranks: this process joins now."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summons:
+    """Leader → the process that joins: what to know of the run, and who was lost before."""
+
+    setup: EngineSetup
+    directory: str
+    crew: Crew
+    lost: Lost
+
+
+class Recruiting:
+    """Fill vacant ranks: each rank has one of these, and whoever leads starts the processes.
+
+    The controller leads, or where nobody plays it, the lowest rank that somebody does.
+    """
+
+    def __init__(self, channel: Channel, setup: EngineSetup, directory: str, start: Callable[..., Recruit]) -> None:
+        """Serve the run in `directory`; `start(program)` begins to start a process."""
+        self.channel = channel
+        self.setup = setup
+        self.directory = directory
+        self.start = start
+        self.recruit: Recruit | None = None
+
+    @property
+    def leader(self) -> int:
+        """Give the rank that starts processes."""
+        return min(self.channel.membership.present)
+
+    @property
+    def is_short(self) -> bool:
+        """Tell whether nobody plays a rank that the run cannot do without."""
+        return any(rank < self.setup.topology.first_spare for rank in self.channel.membership.vacant)
+
+    def look(self) -> Recruit | None:
+        """Give a process that is ready to join a vacant rank; start one where there is none."""
+        if not self.channel.membership.vacant:
+            return None
+        try:
+            self.recruit = self.recruit or self.start(PROGRAM)
+            return self.recruit if self.recruit.look() else None
+        except PeerLostError as error:
+            say(f"{error}: starting another one")
+            self.dismiss()
+            return None
+
+    def is_called_for(self) -> bool:
+        """Tell whether the run should pause for a process to join: one is ready, and no spare is left."""
+        first = self.setup.topology.first_spare
+        has_spare = any(rank >= first for rank in self.channel.membership.present)
+        return self.look() is not None and not has_spare
+
+    def muster(self, lost: Lost) -> int:
+        """Let all join who are ready, and wait where the run cannot go on without; give their number.
+
+        All ranks call this together; who joins does so from then on.
+        """
+        count = 0
+        while self.next(lost):
+            count += 1
+        return count
+
+    def next(self, lost: Lost) -> bool:
+        """Let one process join, if one is to; tell whether one did."""
+        channel, leader = self.channel, self.leader
+        if channel.rank != leader:
+            self.dismiss()
+            _, newcomer = channel.receive(leader)
+            return newcomer is not None and self.enlist(newcomer, leader, None)
+        recruit = self.wait_ready() if self.is_short else self.look()
+        newcomer = Newcomer(recruit.host, recruit.pid) if recruit else None
+        for rank in channel.membership.present:
+            if rank != leader:
+                channel.send(rank, newcomer)
+        if not (recruit and newcomer):
+            return False
+        try:
+            crew = channel.crew.enlist(newcomer.host, newcomer.pid)
+            parent = recruit.summon(Summons(self.setup, self.directory, crew, tuple(lost)))
+            self.enlist(newcomer, leader, parent)
+        except PeerLostError:
+            self.dismiss()
+            raise
+        self.recruit = None
+        return True
+
+    def enlist(self, newcomer: Newcomer, leader: int, parent: Intercomm | None) -> bool:
+        """Let a process join together with all other ranks."""
+        with bounded(JOIN_S, "the ranks to let a new spare join"):
+            self.channel.enlist(newcomer.host, newcomer.pid, leader, parent)
+        return True
+
+    def wait_ready(self) -> Recruit:
+        """Wait until a process is ready to take a rank without which nothing goes on; say so meanwhile."""
+        names = ", ".join(self.setup.topology.name(rank) for rank in self.channel.membership.vacant)
+        started = time.monotonic()
+        due_s = 0.0
+        while not (recruit := self.look()):
+            waited_s = time.monotonic() - started
+            if waited_s >= due_s:
+                say(f"no spare is left for {names}: requests are held until a new one has joined ({waited_s:.0f} s)")
+                due_s += SAY_EVERY_S
+            if waited_s > WAIT_S:
+                raise RunLostError(f"no new spare has joined within {WAIT_S:.0f} s")
+            message = self.channel.poll()
+            assert message is None, message
+            time.sleep(LOOK_EVERY_S)
+        return recruit
+
+    def dismiss(self) -> None:
+        """End a process that has not joined, if there is one."""
+        if self.recruit:
+            self.recruit.dismiss()
+            self.recruit = None
+
+
+def say(line: str) -> None:
+    """Tell the user at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def bounded(seconds: float, what: str) -> Iterator[None]:
+    """End the job, to be started again, where something that cannot be interrupted takes longer."""
+    error = RunLostError(f"waited {seconds:.0f} s for {what}: a rank hangs")
+    timer = threading.Timer(seconds, fail_in_thread, (error,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,60 @@
+"""Be a process that joins a run which has used up its spares, started by MPI.
+
+`python -m dejavu.cluster.recruit HOST PROCESS` names who has started it.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from dejavu.cluster.process import guarded
+
+LOOK_EVERY_S = 0.25
+
+
+def follow(process: int, joined: threading.Event) -> None:
+    """End this process with the one that started it, unless it has joined: MPI may wait for that one for ever."""
+    while not joined.wait(LOOK_EVERY_S):
+        if not Path("/proc", str(process)).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> int:
+    """Get ready, wait until the run needs this process, and be one of its spares from then on."""
+    host, process = sys.argv[1:]
+    joined = threading.Event()
+    if host == socket.gethostname():
+        threading.Thread(target=follow, args=(int(process), joined), name="follow", daemon=True).start()
+
+    import mpi4py
+
+    mpi4py.rc.finalize = False  # see `leave`
+
+    from dejavu.cluster.launcher import RUN_DIR
+    from dejavu.cluster.muster import JOIN_S, Summons, bounded
+    from dejavu.cluster.standby import warm_up
+    from dejavu.cluster.start import be_spare
+    from dejavu.errors import PeerLostError
+    from dejavu.transport.mpi import join_crew
+    from dejavu.transport.recruit import await_summons, leave, report_for_duty
+
+    try:
+        parent = report_for_duty()
+        warm_up()
+        summons: Summons = await_summons(parent)
+        os.environ[RUN_DIR] = summons.directory
+        with bounded(JOIN_S, "the ranks to let this process join"):
+            channel = join_crew(parent, summons.crew, summons.setup.config.stall_timeout)
+        joined.set()
+    except PeerLostError:  # whoever wanted this process has died, or gives up and says so
+        leave()
+    be_spare(channel, summons.setup, summons.lost)
+    channel.agree_to_leave()
+    leave()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
