@@ -17,7 +17,7 @@ from typing import Any
 import rich_click as click
 
 import dejavu
-from dejavu.device import cuda_device_name, num_cuda_devices
+from dejavu.device import cuda_device_name, num_cuda_devices, why_no_cuda
 from dejavu.errors import UsageError
 from dejavu.measure.environment import cpu_model, git_commit, usable_cores
 from dejavu.measure.render import format_number
@@ -35,15 +35,23 @@ KINDS = ("cpu", "gpu")
 @click.option("--into", default="results/published", show_default=True, type=click.Path(path_type=Path), help="Page.")
 @click.option("--timeout-s", default=600.0, show_default=True, type=click.FloatRange(1), help="Most time of a figure.")
 @click.option("--list", "list_only", is_flag=True, help="List the figures and their commands, and stop.")
+@click.option("--page", "page_only", is_flag=True, help="Write the page from the figures that are there; stop.")
 @click.option("--out", help="The run directory.")
-def command(gpu: bool, only: tuple[str, ...], into: Path, timeout_s: float, list_only: bool, out: str | None) -> int:
+def command(
+    gpu: bool, only: tuple[str, ...], into: Path, timeout_s: float, list_only: bool, page_only: bool, out: str | None
+) -> int:
     """Do the paper's figures again, and write a page of ours beside the paper's."""
     kind = KINDS[gpu]
     plans = choose(read_plans(), only, kind)
+    if page_only:
+        write_page(into)
+        return 0
     if list_only:
         for plan in plans:
             click.echo(f"figure {plan.figure}: {plan.title}\n  dejavu {' '.join(plan.runs[kind]['command'])}")
         return 0
+    if gpu and not num_cuda_devices():
+        raise UsageError(f"--gpu cannot be had: {why_no_cuda()}; leave it out for the CPU's figures")
     directory = open_run_directory("reproduce", out)
     (into / "figures").mkdir(parents=True, exist_ok=True)
     rows = [row for plan in plans for row in reproduce(plan, kind, directory.path, into / "figures", timeout_s)]

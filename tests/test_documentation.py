@@ -14,6 +14,7 @@ import click
 import pytest
 
 from dejavu.assets import data_names, data_path
+from dejavu.benchmarks.figures import read_plans
 from dejavu.cluster.resilience import LatencyRow, ProgressRow
 from dejavu.config import ServeConfig, load_config
 from dejavu.measure.failures import FailureRecord
@@ -102,6 +103,12 @@ def test_commands_run(marker, text, tmp_path):
     )
     assert done.returncode == 0, done.stdout
     assert "Traceback" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("plan", read_plans(), ids=lambda plan: plan.figure)
+def test_commands_of_figures_are_right(plan):
+    for run in plan.runs.values():
+        check(list(map(str, run["command"])))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

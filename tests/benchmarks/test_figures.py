@@ -1,7 +1,12 @@
-import pytest
+import json
 
+import pytest
+from click.testing import CliRunner
+
+from dejavu.benchmarks import reproduce
 from dejavu.benchmarks.figures import Measure, read_plan, read_plans
-from dejavu.errors import ConfigError
+from dejavu.device import num_cuda_devices
+from dejavu.errors import ConfigError, UsageError
 
 ROWS = [
     {"arrangement": "colocated", "makespan_s": 10.0, "rate": None},
@@ -53,6 +58,42 @@ def test_every_figure_of_the_package_is_whole():
         assert plan.runs.keys() <= {"cpu", "gpu"}
         assert all(run["command"] for run in plan.runs.values())
         assert all({"column"} <= measure.value.keys() for measure in plan.measures)
+
+
+def write_figure(into, stem, kind, machine, ours):
+    row = {"measure": "a ratio", "ours": ours, "paper": 2.0, "verdict": "for comparison"}
+    made = {"command": ["dejavu", "x"], "date": "2026-11-23", "machine": machine, "commit": "abc1234", "seconds": 3}
+    (into / "figures").mkdir(exist_ok=True)
+    (into / "figures" / f"{stem}-{kind}.json").write_text(json.dumps({**made, "rows": [row]}))
+
+
+def call(*arguments):
+    return CliRunner().invoke(reproduce.command, arguments, standalone_mode=False, catch_exceptions=False)
+
+
+def test_page_has_both_kinds_of_machine_beside_each_other(tmp_path):
+    (tmp_path / "README.md").write_text("# Ours\n\nbefore\n")
+    write_figure(tmp_path, "figure-8", "cpu", "a processor", 1.44)
+    write_figure(tmp_path, "figure-8", "gpu", "2 x a GPU", 1.2)
+    for _ in range(2):  # the second time between the marks
+        assert call("--into", str(tmp_path), "--page").return_value == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Ours\n\nbefore\n")
+    assert text.count("### Figure 8") == 1
+    assert "| a ratio | 1.44 | 2.00 | for comparison | a processor | 2026-11-23, abc1234 |\n| a ratio | 1.20 |" in text
+
+
+@pytest.mark.parametrize("flags", [[], ["--gpu"]])
+def test_what_would_be_run_is_listed(flags):
+    listed = call(*flags, "--list").output
+    assert [line.split(":")[0] for line in listed.splitlines()[::2]] == [f"figure {p.figure}" for p in read_plans()]
+    assert ("--device cuda" in listed) == bool(flags)
+
+
+@pytest.mark.skipif(num_cuda_devices() > 0, reason="has a GPU")
+def test_figures_of_gpus_need_one():
+    with pytest.raises(UsageError, match="--gpu cannot be had"):
+        call("--gpu")
 
 
 def test_damaged_description_is_named(tmp_path):
