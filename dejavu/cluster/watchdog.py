@@ -1,9 +1,10 @@
-"""End processes that hang: one that is stopped answers nobody, and MPI takes it for alive."""
+"""Watch another process: tell all of its death, before mpirun knows, and end it where it hangs."""
 
 import os
 import signal
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +19,8 @@ STOPPED = "tT"  # by a signal, or by a debugger
 class Watchdog(threading.Thread):
     """Watch the next process of this host, as it watches the one after it; kill it when it stands still too long.
 
-    Its death is then noticed as any other. A process without a neighbour on its host is watched by nobody.
+    One that is stopped answers nobody, and MPI takes it for alive; its death is then noticed as any other. A process
+    without a neighbour on its host is watched by nobody here.
     """
 
     def __init__(self, channel: Channel, hang_timeout_s: float, log: IncidentLog) -> None:
@@ -28,18 +30,30 @@ class Watchdog(threading.Thread):
         self.log = log
         self.watched = -1
         self.moving_s = 0.0  # when the watched process was last seen not to be stopped
+        self.dead: set[int] = set()
         self.ended = threading.Event()
+        self.pause_s = min(LOOK_EVERY_S, hang_timeout_s / 4)
+        channel.follow_lives()
 
     def run(self) -> None:
-        """Look a few times a second."""
-        while not self.ended.wait(min(LOOK_EVERY_S, self.hang_timeout_s / 4)):
-            self.look(time.monotonic())
+        """Wait for the next process's death, and look a few times a second."""
+        while not self.ended.is_set():
+            process = next_on_host(self.channel, self.dead)
+            if process is None or not self.channel.is_followed(process):
+                has_ended = False
+                self.ended.wait(self.pause_s)
+            else:
+                has_ended = self.channel.await_end(process, self.pause_s)
+            if process is None or self.ended.is_set():
+                continue
+            if has_ended:
+                self.dead.add(process)
+                self.channel.raise_alarm()
+            else:
+                self.look(process, time.monotonic())
 
-    def look(self, now: float) -> None:
+    def look(self, process: int, now: float) -> None:
         """See whether the watched process moves."""
-        process = next_on_host(self.channel)
-        if process is None:
-            return
         pid = self.channel.pids[process]
         if process != self.watched or process_state(pid) not in STOPPED:
             self.watched, self.moving_s = process, now
@@ -55,14 +69,14 @@ class Watchdog(threading.Thread):
         self.join()
 
 
-def next_on_host(channel: Channel) -> int | None:
+def next_on_host(channel: Channel, dead: Collection[int] = ()) -> int | None:
     """Give the process after this one among those of this host, in a ring; None where it is alone.
 
-    One that is dead is passed over, as it watches nobody: the survivors may wait for a stopped one behind it before
+    One that is `dead` is passed over, as it watches nobody: the survivors may wait for a stopped one behind it before
     they have agreed that it is gone.
     """
     places = channel.membership.places
-    here = sorted(process for rank in channel.near if (process := places[rank]) is not None)
+    here = sorted(process for rank in channel.near if (process := places[rank]) is not None and process not in dead)
     behind = [process for process in here if process > channel.process]
     ring = dict.fromkeys([*behind, *here])
     return next((process for process in ring if process_state(channel.pids[process]) not in DEAD), None)

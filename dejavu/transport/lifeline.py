@@ -1,4 +1,4 @@
-"""Learn of a process's death at once: by a lock that it holds for life, which the kernel lets go of as it begins to die.
+"""Learn of a process's death at once: by a lock that it holds for life, which the kernel frees as it begins to die.
 
 A killed process is gone for its parent only when its memory and its GPU's context have been taken apart: 50 ms with
 torch, 400 ms with a GPU's. A robust mutex is released before that. Each process locks one, in memory that the others
@@ -14,6 +14,7 @@ from contextlib import suppress
 
 MUTEX_BYTES = 64  # at least sizeof(pthread_mutex_t), and sizeof(pthread_mutexattr_t)
 PTHREAD_PROCESS_SHARED = PTHREAD_MUTEX_ROBUST = 1
+ENDED = 128  # where a byte in the memory says that who was first to learn of the end has said so
 DEAD = (errno.EOWNERDEAD, errno.ENOTRECOVERABLE)
 LIBC = ctypes.CDLL(None)
 
@@ -45,6 +46,8 @@ class Lifeline:
         self.fd = os.memfd_create("dejavu-lifeline")
         os.ftruncate(self.fd, mmap.PAGESIZE)
         self.own = Mutex(self.fd)
+        # Never unmapped as Python ends: the kernel looks there when the process has.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.own.memory))
         self.others: dict[int, Mutex] = {}  # by pid
         attributes = (ctypes.c_char * MUTEX_BYTES)()
         for status in (
@@ -67,21 +70,20 @@ class Lifeline:
     def await_end(self, pid: int, seconds: float) -> bool:
         """Wait, at most so long, for the end of a process that is followed; tell whether it has come."""
         whole, part = divmod(time.time() + seconds, 1)
-        until = Timespec(int(whole), int(part * 1e9))
-        return self.judge(pid, LIBC.pthread_mutex_timedlock(self.others[pid].lock, ctypes.byref(until)))
-
-    def has_ended(self, pid: int) -> bool:
-        """Tell whether a process that is followed has ended."""
-        return self.judge(pid, LIBC.pthread_mutex_trylock(self.others[pid].lock))
-
-    def judge(self, pid: int, status: int) -> bool:
-        """Read from an attempt at a lock whether its owner is dead; what was taken is given back, for others to see."""
-        if status in (0, errno.EOWNERDEAD):
-            LIBC.pthread_mutex_unlock(self.others[pid].lock)
+        other, until = self.others[pid], Timespec(int(whole), int(part * 1e9))
+        status = LIBC.pthread_mutex_timedlock(other.lock, ctypes.byref(until))
+        if status in DEAD:
+            other.memory[ENDED] = 1
+        if status in (0, errno.EOWNERDEAD):  # who waits besides gets it, or is told that nobody can have it any more
+            LIBC.pthread_mutex_unlock(other.lock)
         return status in DEAD
 
+    def has_ended(self, pid: int) -> bool:
+        """Tell whether anybody has learnt of the end of a process that is followed."""
+        return self.others[pid].memory[ENDED] == 1
+
     def close(self) -> None:
-        """Let go of all locks, in the thread that made them; this process's is free then, which says nothing of its end.
+        """Let go of all locks, in the thread that made them; this process's is free then, as if it lived.
 
         No thread may wait for any of them.
         """

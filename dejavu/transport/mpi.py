@@ -16,13 +16,16 @@ from mpi4py import MPI
 from torch import Tensor
 
 from dejavu.errors import DeadlineError, EndedByPeerError, PeerLostError
+from dejavu.transport.lifeline import Lifeline
 from dejavu.transport.membership import Membership, enlist, reassign
+from dejavu.transport.obituary import Name, declare_dead, own_name
 from dejavu.transport.waiting import Doorbell, Patience, new_job_name
 
 CONTROL, TENSOR = 1, 2
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 BRIDGE_TAG = 3
+UNKNOWN = -1
 OPEN: set["Channel"] = set()  # all channels of this process
 ABANDONED: list[object] = []  # requests of failed communicators, and the memory that MPI may still use
 
@@ -55,11 +58,12 @@ class Crew:
     hosts: tuple[str, ...]
     pids: tuple[int, ...]
     membership: Membership
+    lives: tuple[tuple[int, Name | None], ...]  # what tells of the end of each, and by what name MPI is told
 
     def enlist(self, host: str, pid: int) -> "Crew":
-        """Give the crew with a process more."""
+        """Give the crew with a process more, of whose end only mpirun tells."""
         membership = enlist(self.membership, len(self.pids))
-        return Crew(self.doorbell, (*self.hosts, host), (*self.pids, pid), membership)
+        return Crew(self.doorbell, (*self.hosts, host), (*self.pids, pid), membership, (*self.lives, (UNKNOWN, None)))
 
 
 class Channel:
@@ -76,7 +80,8 @@ class Channel:
     def __init__(self, comm: MPI.Intracomm, deadline_s: float, crew: Crew | None = None) -> None:
         """Make a channel together with all of `comm`; or in a process that was enlisted, as the last of its `crew`."""
         self.comm = comm if crew else comm.Dup()
-        crew = crew or meet(self.comm)
+        self.lifeline = Lifeline()
+        crew = crew or meet(self.comm, self.lifeline.fd)
         self.process = crew.membership.processes[comm.Get_rank()]
         self.deadline_s = deadline_s
         self.pending: deque[tuple[MPI.Request, object]] = deque()  # with the memory that MPI may still use
@@ -88,11 +93,12 @@ class Channel:
     @property
     def crew(self) -> Crew:
         """Give what a process that joins has to know."""
-        return Crew(self.doorbell.job, tuple(self.process_hosts), tuple(self.pids), self.membership)
+        hosts, pids = tuple(self.process_hosts), tuple(self.pids)
+        return Crew(self.doorbell.job, hosts, pids, self.membership, tuple(self.lives))
 
     def know(self, crew: Crew) -> None:
         """Take all processes as they are from now on."""
-        self.process_hosts, self.pids = list(crew.hosts), list(crew.pids)
+        self.process_hosts, self.pids, self.lives = list(crew.hosts), list(crew.pids), list(crew.lives)
         self.join(crew.membership)
 
     def join(self, membership: Membership) -> None:
@@ -147,6 +153,7 @@ class Channel:
     @suspecting
     def poll(self, source: int = MPI.ANY_SOURCE) -> tuple[int, Any] | None:
         """Give (rank, object) if one has come, else None."""
+        self.heed_alarm()
         self.reap()
         status = MPI.Status()
         place = source if source == MPI.ANY_SOURCE else self.membership.route(source)
@@ -213,9 +220,8 @@ class Channel:
     def describe_loss(self, error: MPI.Exception) -> Exception:
         """Say who has died, if anybody is known to have; else give the error as it is."""
         if lost := self.lost_processes():
-            names = ", ".join(f"{self.membership.rank_of(p)} on {self.process_hosts[p]}" for p in lost)
             return PeerLostError(
-                f"rank {names} died: look for its last words above, and in `dmesg` for a lack of memory"
+                f"{self.names(lost)} died: look for its last words above, and in `dmesg` for a lack of memory"
             )
         if error.Get_error_class() == MPI.ERR_REVOKED:
             return EndedByPeerError("another rank has ended the job: look for its error above")
@@ -234,6 +240,47 @@ class Channel:
         process = self.membership.places[rank]
         assert process is not None
         self.doorbell.ring(process)
+
+    def follow_lives(self) -> None:
+        """Map what tells of the end of the other processes of this host; before any of them may have ended well."""
+        here = self.process_hosts[self.process]
+        for process in self.membership.processes:
+            pid, (lifeline, _) = self.pids[process], self.lives[process]
+            is_new = process != self.process and lifeline != UNKNOWN and pid not in self.lifeline.others
+            if self.process_hosts[process] == here and is_new:
+                with suppress(FileNotFoundError, ProcessLookupError):  # it has died already, as MPI will tell
+                    self.lifeline.follow(pid, lifeline)
+
+    def is_followed(self, process: int) -> bool:
+        """Tell whether `await_end` can tell of a process."""
+        return self.pids[process] in self.lifeline.others
+
+    def await_end(self, process: int, seconds: float) -> bool:
+        """Wait, at most so long, for the end of another process of this host; any thread may."""
+        return self.lifeline.await_end(self.pids[process], seconds)
+
+    def raise_alarm(self) -> None:
+        """Let every rank of this host see that a process has ended, this one too; any thread may."""
+        for rank in {self.rank, *self.near}:
+            if (process := self.membership.places[rank]) is not None:
+                self.doorbell.ring(process, alarm=True)
+
+    def heed_alarm(self) -> None:
+        """Where somebody has raised the alarm, tell MPI who has died, and raise PeerLostError as it would, later."""
+        if not self.doorbell.has_alarm:
+            return
+        self.doorbell.has_alarm = False
+        members = {self.pids[process]: process for process in self.membership.processes}
+        dead = [members[pid] for pid in self.lifeline.others if pid in members and self.lifeline.has_ended(pid)]
+        declared = [process for process in dead if (name := self.lives[process][1]) and declare_dead(name)]
+        if declared:
+            self.revoke()
+            raise PeerLostError(f"{self.names(declared)} died: look for its last words above")
+
+    def names(self, processes: Sequence[int]) -> str:
+        """Name processes for people."""
+        ranks = ", ".join(f"{self.membership.rank_of(p)} on {self.process_hosts[p]}" for p in processes)
+        return f"rank {ranks}"
 
     def recover(self, first_spare: int) -> tuple[int, ...]:
         """Find out with all other survivors who is left, let spares take the places of the dead, and begin anew.
@@ -308,6 +355,7 @@ class Channel:
         patience = self.patience(what, self.deadline_s)
         while not ready():
             patience.pause()
+            self.heed_alarm()
 
     def flush(self) -> None:
         """Wait until all sends are complete."""
@@ -334,15 +382,17 @@ class Channel:
     def leave(self) -> None:
         """Give up the doorbell, and the communicator as it is."""
         self.doorbell.close()
+        self.lifeline.close()
         OPEN.remove(self)
 
 
-def meet(comm: MPI.Intracomm) -> Crew:
-    """Find out who takes part, together with all ranks at the start of a run."""
+def meet(comm: MPI.Intracomm, lifeline: int) -> Crew:
+    """Find out who takes part, together with all ranks at the start of a run; `lifeline` is a descriptor of this one's."""
     name = comm.bcast(new_job_name())
-    found: list[tuple[str, int]] = comm.allgather((socket.gethostname(), os.getpid()))
-    hosts, pids = zip(*found, strict=True)
-    return Crew(name, hosts, pids, Membership.first(len(found)))
+    mine = socket.gethostname(), os.getpid(), (lifeline, own_name())
+    found: list[tuple[str, int, tuple[int, Name | None]]] = comm.allgather(mine)
+    hosts, pids, lives = zip(*found, strict=True)
+    return Crew(name, hosts, pids, Membership.first(len(found)), lives)
 
 
 def join_crew(parent: MPI.Intercomm, crew: Crew, deadline_s: float) -> Channel:

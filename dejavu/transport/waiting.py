@@ -22,6 +22,7 @@ class Doorbell:
 
     def __init__(self, job: str, rank: int) -> None:
         self.job = job
+        self.has_alarm = False  # somebody rang because a process has died
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
         self.socket.bind(self.address(rank))
@@ -30,10 +31,10 @@ class Doorbell:
         """Give the name of a rank's socket."""
         return f"\0dejavu-{self.job}-{rank}"
 
-    def ring(self, rank: int) -> None:
+    def ring(self, rank: int, *, alarm: bool = False) -> None:
         """Wake a rank of this host; one that has enough rings waiting, or is gone, needs none."""
         try:
-            self.socket.sendto(b"", self.address(rank))
+            self.socket.sendto(b"!" if alarm else b"", self.address(rank))
         except (BlockingIOError, ConnectionRefusedError):
             return
 
@@ -46,7 +47,7 @@ class Doorbell:
         """Take all rings that have come."""
         try:
             while True:
-                self.socket.recv(1)
+                self.has_alarm |= bool(self.socket.recv(1))
         except BlockingIOError:
             return
 

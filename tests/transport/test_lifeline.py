@@ -71,11 +71,11 @@ def test_who_ends_by_itself_is_known_too(line):
     other = start(line)
     other.communicate("end\n")
     assert other.returncode == 0
-    assert line.has_ended(other.pid)
+    assert line.await_end(other.pid, 0)
 
 
 def test_who_gives_its_lock_back_has_not_ended(line):
     mine = Lifeline()
     line.follow(os.getpid(), mine.fd)
     mine.close()
-    assert not line.has_ended(os.getpid())
+    assert not line.await_end(os.getpid(), 0)
