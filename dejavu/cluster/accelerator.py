@@ -23,13 +23,13 @@ from dejavu.transport.mpi import Channel
 
 
 def accelerator_index(channel: Channel) -> int:
-    """Give this process's GPU: its number among those of its host that may work, modulo the number of GPUs.
+    """Give this process's GPU, which stays the same whatever rank the process comes to play."""
+    return accelerator_indices(channel.process_hosts, num_cuda_devices())[channel.process]
 
-    It stays the same whatever rank the process comes to play.
-    """
-    hosts = channel.process_hosts
-    before = hosts[CONTROLLER + 1 : channel.process].count(hosts[channel.process])
-    return before % max(1, num_cuda_devices())
+
+def accelerator_indices(hosts: Sequence[str], num_devices: int) -> list[int]:
+    """Give each process's GPU: its number among those of its host that may work, modulo the number of GPUs there."""
+    return [hosts[CONTROLLER + 1 : process].count(host) % max(1, num_devices) for process, host in enumerate(hosts)]
 
 
 def enter_device(channel: Channel, setup: EngineSetup, stack: ExitStack) -> Device:

@@ -7,7 +7,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from dejavu.cluster.accelerator import share_memory
+from dejavu.cluster.accelerator import accelerator_indices, share_memory
 from dejavu.cluster.injection import IncidentLog
 from dejavu.cluster.keeping import needs_replica_carrier
 from dejavu.cluster.launcher import RUN_DIR
@@ -61,7 +61,8 @@ class Rounds:
     def count_survivors(self, error: PeerLostError) -> None:
         """Agree on who is left; raise an error where the run cannot go on with them."""
         topology, before = self.setup.topology, self.channel.membership
-        lost = self.channel.recover(topology.first_spare)
+        devices = accelerator_indices(self.channel.process_hosts, self.setup.num_devices)  # the same on every rank
+        lost = self.channel.recover(topology.first_spare, devices)
         if self.result.exists():
             raise EndedByPeerError("another rank has ended the job: look for its error above")
         membership = self.channel.membership

@@ -49,7 +49,7 @@ def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
     name = os.environ.get(JOB) or secrets.token_hex(16)
     gpu_bytes = [cuda_device_bytes(index) for index in range(num_cuda_devices())] if device == "cuda" else []
     cut_at = choose_cut(config, model.spec, topology, caches, dtype, gpu_bytes)
-    setup = EngineSetup(config, model.spec, directory, topology, caches, dtype, name, device, cut_at)
+    setup = EngineSetup(config, model.spec, directory, topology, caches, dtype, name, device, len(gpu_bytes), cut_at)
     return Job(setup, tuple(requests), tokenizer)
 
 

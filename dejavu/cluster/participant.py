@@ -41,6 +41,7 @@ from dejavu.measure.clock import RunClock
 from dejavu.measure.cpu import CpuMeter
 from dejavu.topology import CONTROLLER, Placement
 from dejavu.transport.mpi import Channel
+from dejavu.transport.nccl_group import missing
 
 
 def hold(site: Site, links: Links, stack: ExitStack) -> Holdings:
@@ -124,6 +125,7 @@ class Participant:
         if not vault:
             return 0.0
         self.set_threads()
+        missing(device)  # imports NCCL, which neighbours ask for when they meet
         self.rehearsal = self.rehearsal or Rehearsal(self.channel, self.setup, device, vault)
         return self.rehearsal.prepare()
 

@@ -21,6 +21,7 @@ class EngineSetup:
     dtype: str
     job: str  # an unguessable name, of the keeper among others
     device: str = "cpu"  # what the workers compute on, or "cuda"
+    num_devices: int = 0  # GPUs of the controller's host, for a GPU run
     cut_at: int = 0  # most prompt tokens of a pass, where GPUs have no memory for whole prompts
 
     @property

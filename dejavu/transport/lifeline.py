@@ -76,6 +76,8 @@ class Lifeline:
             other.memory[ENDED] = 1
         if status in (0, errno.EOWNERDEAD):  # who waits besides gets it, or is told that nobody can have it any more
             LIBC.pthread_mutex_unlock(other.lock)
+        if status == 0:  # its owner has let go of it, alive
+            time.sleep(seconds)
         return status in DEAD
 
     def has_ended(self, pid: int) -> bool:

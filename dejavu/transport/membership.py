@@ -50,17 +50,25 @@ class Membership:
         return tuple(rank for rank, process in enumerate(self.places) if process is None)
 
 
-def reassign(before: Membership, survivors: Sequence[int], first_spare: int, hosts: Sequence[str]) -> Membership:
+def reassign(
+    before: Membership,
+    survivors: Sequence[int],
+    first_spare: int,
+    hosts: Sequence[str],
+    devices: Sequence[int] | None = None,
+) -> Membership:
     """Give the membership after a failure: spares take the places of the dead, the lowest rank's first.
 
     `survivors` are the processes by their rank in the new communicator; the ranks from `first_spare` on are spares;
-    `hosts` names each process's host. A spare on the host of the dead is preferred, since a process can map the memory
-    that its host keeps. A place for which no spare is left stays vacant.
+    `hosts` names each process's host, `devices` its GPU there. A spare on the host of the dead is preferred, since a
+    process can map the memory that its host keeps; there one on the same GPU, which computes with it where it lies. A
+    place for which no spare is left stays vacant.
     """
+    sites = list(zip(hosts, devices or [0] * len(hosts), strict=True))
     alive = set(survivors)
     places = [process if process in alive else None for process in before.places]
     for rank in range(first_spare):
-        if places[rank] is None and (spare := choose_spare(places, first_spare, hosts, before.places[rank])):
+        if places[rank] is None and (spare := choose_spare(places, first_spare, sites, before.places[rank])):
             places[rank], places[spare] = places[spare], None
     return Membership(before.epoch + 1, tuple(places), tuple(survivors))
 
@@ -85,8 +93,12 @@ def is_cut_off(before: Membership, survivors: Sequence[int], hosts: Sequence[str
     return (len(survivors), min(lost)) < (len(lost), min(survivors))
 
 
-def choose_spare(places: Sequence[int | None], first_spare: int, hosts: Sequence[str], dead: int | None) -> int | None:
+def choose_spare(
+    places: Sequence[int | None], first_spare: int, sites: Sequence[tuple[str, int]], dead: int | None
+) -> int | None:
     """Give the rank of the spare that follows a dead process: on the same host if there is one, else the lowest."""
-    spares = [rank for rank in range(first_spare, len(places)) if places[rank] is not None]
-    near = [rank for rank in spares if dead is not None and hosts[places[rank] or 0] == hosts[dead]]
-    return next(iter([*near, *spares]), None)
+    spares = {rank: sites[process] for rank in range(first_spare, len(places)) if (process := places[rank]) is not None}
+    if dead is None:
+        return min(spares, default=None)
+    host, device = sites[dead]
+    return min(spares, key=lambda rank: (spares[rank][0] != host, spares[rank][1] != device, rank), default=None)

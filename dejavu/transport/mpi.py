@@ -282,9 +282,10 @@ class Channel:
         ranks = ", ".join(f"{self.membership.rank_of(p)} on {self.process_hosts[p]}" for p in processes)
         return f"rank {ranks}"
 
-    def recover(self, first_spare: int) -> tuple[int, ...]:
+    def recover(self, first_spare: int, devices: Sequence[int] | None = None) -> tuple[int, ...]:
         """Find out with all other survivors who is left, let spares take the places of the dead, and begin anew.
 
+        `devices` is each process's GPU, the same on all ranks; see `reassign`.
         Gives the ranks that were lost. Every survivor calls this after a PeerLostError; who dies meanwhile is lost,
         too. Afterwards no message of before arrives any more. A rank that nobody plays is vacant in `membership`.
         Raises PeerLostError where a rank has ended the job for a reason of its own.
@@ -295,7 +296,7 @@ class Channel:
         before = self.membership
         comm, survivors = self.shrink()
         self.comm = comm
-        self.join(reassign(before, survivors, first_spare, self.process_hosts))
+        self.join(reassign(before, survivors, first_spare, self.process_hosts, devices))
         return before.lost(survivors)
 
     def enlist(self, host: str, pid: int, leader: int, recruit: MPI.Intercomm | None) -> None:
@@ -387,7 +388,7 @@ class Channel:
 
 
 def meet(comm: MPI.Intracomm, lifeline: int) -> Crew:
-    """Find out who takes part, together with all ranks at the start of a run; `lifeline` is a descriptor of this one's."""
+    """Find out who takes part, together with all ranks at a run's start; `lifeline` is this one's descriptor."""
     name = comm.bcast(new_job_name())
     mine = socket.gethostname(), os.getpid(), (lifeline, own_name())
     found: list[tuple[str, int, tuple[int, Name | None]]] = comm.allgather(mine)

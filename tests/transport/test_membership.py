@@ -77,3 +77,10 @@ def test_deaths_on_a_host_are_no_cut_network():
     hosts = ["a", "a", "a", "b"]
     assert not is_cut_off(Membership.first(4), (2,), hosts)
     assert not is_cut_off(Membership.first(4), (0, 1, 2, 3), hosts)
+
+
+def test_a_spare_on_the_same_gpu_is_preferred_but_not_to_one_on_the_same_host():
+    hosts, devices = ["a", "a", "a", "a", "a", "b"], [0, 0, 1, 0, 1, 0]
+    assert reassign(Membership.first(6), (0, 1, 3, 4, 5), 3, hosts, devices).places == (0, 1, 4, 3, None, 5)
+    assert reassign(Membership.first(6), (0, 2, 3, 4, 5), 3, hosts, devices).places == (0, 3, 2, None, 4, 5)
+    assert reassign(Membership.first(6), (0, 1, 3, 5), 3, hosts, devices).places == (0, 1, 3, None, None, 5)
