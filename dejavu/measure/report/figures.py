@@ -14,6 +14,8 @@ from typing import Any
 NUM_SERIES = 8
 WIDTHS = {"wide": 9.0, "narrow": 3.9}  # inches, shown at 100 a pixel
 
+LETTER, KEY, MARGIN = 0.06, 0.5, 0.5  # inches: a letter of a legend, its line with the space around, beside the axes
+
 Drawing = Callable[[Any, "Colors"], None]
 
 
@@ -77,11 +79,16 @@ def render(figure: Figure, colors: Colors, width: float) -> Any:
         spine.set_color(colors.grid)
     axes.grid(visible=True, axis="y", color=colors.grid, linewidth=0.6)
     axes.set_axisbelow(True)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(
-            fontsize=8, frameon=False, labelcolor=colors.ink, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3
-        )
+    if labels := axes.get_legend_handles_labels()[1]:
+        columns, place = legend_columns(labels, width), {"loc": "lower left", "bbox_to_anchor": (0, 1.0)}
+        axes.legend(fontsize=8, frameon=False, labelcolor=colors.ink, ncols=columns, **place)
     return canvas
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """Give how many of a legend's entries go beside each other in `width` inches, at most three."""
+    widest = max(len(label) for label in labels) * LETTER + KEY
+    return min(3, max(1, int((width - MARGIN) / widest)))
 
 
 def to_svg(figure: Figure, layout: str) -> str:

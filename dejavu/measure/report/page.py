@@ -32,6 +32,7 @@ figure img{background:#fff;border-radius:.4rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid var(--grid);vertical-align:top}
 th{color:var(--faint);font-weight:500}.number{text-align:right;white-space:nowrap}
+th.number{white-space:normal}td:first-child:not(.number){min-width:7.5rem}
 details{margin:1rem 0}summary{cursor:pointer}pre{overflow-x:auto;background:var(--panel);padding:.8rem;font-size:.85rem}
 li{margin:.3rem 0}a{color:var(--s0)}
 @media(max-width:640px){.wide{display:none}.narrow{display:block}body{padding:.8rem}}

@@ -2,6 +2,7 @@ import pytest
 
 from dejavu.measure.records import StepRecord
 from dejavu.measure.report.charts import throughput
+from dejavu.measure.report.figures import WIDTHS, legend_columns
 
 
 def token_step(stage, index):
@@ -26,3 +27,9 @@ def test_pipelines_side_by_side_add_up():
     steps = [token_step(stage, index) for stage in range(4) for index in range(10 if stage < 2 else 5)]
     edges, rates = throughput(steps, stages_per_copy=2)
     assert (rates * (edges[1:] - edges[:-1])).sum() == pytest.approx(2 * 10 + 2 * 5)
+
+
+def test_legend_fits_the_page():
+    labels = ["prompt-pp 1, token-pp 2", "pp 3", "pp 1, dp 3"]
+    assert [legend_columns(labels, width) for width in WIDTHS.values()] == [3, 1]
+    assert legend_columns(["prompt", "token"], WIDTHS["narrow"]) == 3
