@@ -155,15 +155,19 @@ def predictions(served: "Served", workload: "Workload", measured: float, times: 
     return row | {"overhead_ms": overhead_ms}
 
 
-def fitted_setup(served: "Served", workload: "Workload", times: Times | None) -> tuple[Setup, float | None]:
+def fitted_setup(
+    served: "Served", workload: "Workload", times: Times | None, part: float = 1.0
+) -> tuple[Setup, float | None]:
     """Describe an arrangement to the simulator with the times that its passes took in this workload.
 
-    Also give what a token step needs in a stage, and on its way to the next, beyond what was asked for (ms).
+    Prompts are taken to be `part` as long. Also give what a token step needs in a stage, and on its way to the next,
+    beyond what was asked for (ms).
     """
     steps, arrangement = served.steps_of(workload), served.arrangement
     firsts = [sum(arrangement.depths[:index]) for index in range(len(arrangement.depths))]
     places = zip(firsts, arrangement.depths, arrangement.roles, strict=True)
-    passes = [fit_passes(steps, first, depth, prompts_only=role == "prompt") for first, depth, role in places]
+    fitted = [fit_passes(steps, first, depth, prompts_only=role == "prompt") for first, depth, role in places]
+    passes = [replace(each, prompt_s=each.prompt_s * part) for each in fitted]
     entries = firsts[:1] if arrangement.prompt_stages else firsts
     admission_s = fit_admission(steps, entries, [c.admitted_s for c in workload.completions], ADMISSION_S)
     cache_s = 0.0
@@ -214,9 +218,8 @@ def verdicts(rows: Sequence[Row], served: Sequence["Served"], options: "Options"
         beside = [row for row in rows if row["rate"] == (workload.rate or None)]
         when = f"at {workload.rate:g} requests/s" if workload.rate else "all at once"
         yield compare(beside, when, options.limits if options.limits != Limits() else None)
-    if options.times:
-        yield shorter_prompts(served, options.times)
-    else:
+    yield shorter_prompts(served, options.times)
+    if not options.times:
         yield streaming(rows[-1])
 
 
@@ -251,20 +254,27 @@ def verb(gain: float, name: str) -> str:
     return f"{word} {name} ({gain:.2f} times its throughput)"
 
 
-def shorter_prompts(served: Sequence["Served"], times: Times) -> str:
-    """Say, by the simulator, what the same split gives where prompts are shorter."""
-    found = {1 / part: simulated_gain(served, Times(times.prompt_s / part, times.token_s)) for part in SHORTER}
+def shorter_prompts(served: Sequence["Served"], times: Times | None) -> str:
+    """Say, by the simulator, what the same split gives where prompts are shorter: with `times`, or those measured."""
+    found = {1 / part: simulated_gain(served, times, 1 / part) for part in SHORTER}
     gains = ", ".join(f"1/{1 / part:g}: {gain:.2f}" for part, gain in found.items())
     losing = [part for part, gain in found.items() if gain < 1]
     lost = f"it loses where prompts are 1/{1 / max(losing):g} as long" if losing else "it loses at none of them"
     return f"shorter prompts, all at once, by the simulator: {lost} (times the colocated throughput: {gains})"
 
 
-def simulated_gain(served: Sequence["Served"], times: Times) -> float:
-    """Simulate the baseline and disaggregation, and give the ratio of their makespans."""
-    lengths = served[0].workloads[0].lengths
-    spans = []
-    for each in (served[0], served[-1]):
-        passes = [times.part(depth) for depth in each.arrangement.depths]
-        spans.append(simulate(each.arrangement.simulated(each.config, passes, ADMISSION_S), lengths).makespan_s)
-    return spans[0] / spans[1]
+def simulated_gain(served: Sequence["Served"], times: Times | None, part: float) -> float:
+    """Simulate the baseline and disaggregation, with prompts `part` as long; give the ratio of their makespans."""
+    setups = [
+        ideal_setup(each, times, part) if times else fitted_setup(each, each.workloads[0], None, part)[0]
+        for each in (served[0], served[-1])
+    ]
+    colocated_s, split_s = (simulate(setup, served[0].workloads[0].lengths).makespan_s for setup in setups)
+    return colocated_s / split_s
+
+
+def ideal_setup(served: "Served", times: Times, part: float) -> Setup:
+    """Describe an arrangement to the simulator with times as asked for."""
+    shorter = Times(times.prompt_s * part, times.token_s)
+    passes = [shorter.part(depth) for depth in served.arrangement.depths]
+    return served.arrangement.simulated(served.config, passes, ADMISSION_S)

@@ -16,13 +16,14 @@ from dejavu.benchmarks.arrangements import (
     parse_split,
     plan_split,
 )
-from dejavu.benchmarks.comparison import compare, complaint, count_wrong
-from dejavu.benchmarks.disaggregation import Workload, make_options, output_lengths
+from dejavu.benchmarks.comparison import compare, complaint, count_wrong, shorter_prompts, simulated_gain
+from dejavu.benchmarks.disaggregation import Served, Workload, make_options, output_lengths
 from dejavu.benchmarks.passes import PassTimes, fit_admission, fit_passes
 from dejavu.benchmarks.streaming_cost import Probe, streaming_cost
 from dejavu.errors import UsageError
 from dejavu.measure.records import StepRecord
 from dejavu.measure.summary import Limits
+from dejavu.measure.trace import Tracks
 from dejavu.planning.lengths import Lengths
 from dejavu.planning.simulator import simulate
 from dejavu.request import Completion, Request
@@ -141,6 +142,35 @@ def test_streaming_is_timed_on_the_passes_of_prompts_alone():
     assert row["streamed_prompt_pass_ms"] == pytest.approx(46)
     assert row["streaming_cost_percent"] == pytest.approx((25 + 5) / 2)
     assert set(streaming_cost(steps, [], 0).values()) == {None}
+
+
+def serve_by_simulation(arrangement, given, times):
+    lengths = tuple(Lengths(64, output) for output in output_lengths(given))
+    config = arrangement.config(given.fixed, times)
+    passes = [times.part(depth) for depth in arrangement.depths]
+    result = simulate(arrangement.simulated(config, passes, 0.001), lengths, record=True)
+    moments = ("admitted_s", "first_token_s", "kv_arrived_s", "token_start_s", "finish_s")
+    done = [
+        Completion(
+            Request(str(i), (1,)), token_ids=[1, 2], **{name: float(getattr(result, name)[i]) for name in moments}
+        )
+        for i in range(len(lengths))
+    ]
+    workload = Workload(0.0, lengths, tuple(done), 0.0)
+    steps = tuple(replace(step, stage=step.rank - 1) for step in result.steps)  # counted through all pipelines
+    return Served(arrangement, config, Tracks({}), (workload,), steps)
+
+
+def test_shorter_prompts_are_judged_by_measured_times_where_none_were_asked_for():
+    given, times = options(num_requests=48), Times(0.4, 0.02)
+    served = [
+        serve_by_simulation(each, given, times) for each in (colocated_arrangements(4, 2, 16)[0], disaggregated((2, 2)))
+    ]
+    for part in (1.0, 0.25, 0.0625):
+        assert simulated_gain(served, None, part) == pytest.approx(simulated_gain(served, times, part), rel=0.05)
+    assert simulated_gain(served, None, 1.0) > 1.1
+    assert simulated_gain(served, None, 0.0625) < 0.9
+    assert "it loses where prompts are 1/" in shorter_prompts(served, None)
 
 
 def test_few_ties_are_let_be_in_16_bit_formats():
