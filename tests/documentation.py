@@ -22,7 +22,7 @@ def unexplained(page: str, title: str, columns: Iterable[str]) -> list[str]:
     texts = [section for section in sections if title in section.splitlines()[0]]
     assert texts, f"{page} has no section {title}"
     names = {name for text in texts for name in re.findall(r"`([^`\n]+)`", text)}
-    patterns = [re.escape(re.sub(r"(?<=[a-z])[A-Z](?=_)", "0", name)).replace("…", ".*") for name in names]
+    patterns = [re.escape(re.sub(r"(?<=[a-z])([A-Z]|\d+)(?=_)", "0", name)).replace("…", ".*") for name in names]
     known = re.compile("|".join(patterns))
     return [column for column in columns if not known.fullmatch(re.sub(r"\d+(?=_)", "0", column))]
 
