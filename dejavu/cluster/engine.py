@@ -14,6 +14,7 @@ from dejavu.cluster.company import WorkerCompany
 from dejavu.cluster.keeping import (
     Replicating,
     RestoredPool,
+    StoreShelf,
     open_replica_carrier,
     outlives_worker,
     take_flushed,
@@ -166,6 +167,7 @@ class Site:
     placement: Placement
     device: Device
     vault: Vault | None  # synthetic stages have nothing to keep
+    shelf: StoreShelf | None = None  # of replicas; there where a worker is
 
     @property
     def shard(self) -> Shard:
@@ -354,7 +356,8 @@ def make_mover(
         movers.append(make_handover(site, comm, pool, stream, ties))
     carrier = open_replica_carrier(site.channel, setup, device, comm, ties)
     source, layout_of = ReplicaSource(device, pool.memory, stream), partial(pool_layout, setup)
-    replicating = Replicating(site.channel, setup, site.vault, source, not holdings.has_kv, layout_of, carrier)
+    assert site.shelf
+    replicating = Replicating(site.channel, setup, site.shelf, source, not holdings.has_kv, layout_of, carrier)
     replicators, restored = replicating.start(ties)
     if holdings.flushed is not None:
         for place, row in restored.rows.items():

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from dejavu.cluster.launcher import JOB, SUPERVISOR
 from dejavu.config import PipelineShape
-from dejavu.device.base import Buffer, Device, Location
+from dejavu.device.base import Buffer, Closing, Device, Location
 from dejavu.device.keeper_line import Guardian
-from dejavu.device.vault import Vault
+from dejavu.device.vault import Deposit, Vault
 from dejavu.engine.replication import DirectReplicator, PassFollower, ReplicaHolder, ReplicaSource, SendingReplicator
 from dejavu.engine.ring import flushed_name, pool_name, replica_holder, replica_name, replica_owner, weights_name
 from dejavu.engine.setup import EngineSetup
@@ -102,6 +102,52 @@ def take_store(vault: Vault, device: Device, name: str, layout: PoolLayout, shap
     return store
 
 
+class StoreShelf(Closing):
+    """Hold the replicas that a process has mapped, through all changes of its rank: a GPU takes half a second a GiB."""
+
+    def __init__(self, vault: Vault, device: Device) -> None:
+        self.vault = vault
+        self.device = device
+        self.stores: dict[str, tuple[str, ReplicaStore]] = {}  # with the keeper's mark
+        self.taken: set[str] = set()
+
+    def take(self, name: str, layout: PoolLayout, shape: StoreShape) -> ReplicaStore:
+        """Give the replica of this name, or a new one; the shelf closes it."""
+        self.taken.add(name)
+        kept = self.vault.contents()
+        if not self.has(name, kept):
+            self.drop(name)
+            store = take_store(self.vault, self.device, name, layout, shape)
+            self.stores[name] = self.vault.contents()[name].about["mark"], store
+        return self.stores[name][1]
+
+    def prepare(self, name: str, layout: PoolLayout, shape: StoreShape) -> None:
+        """Map a replica that is there, for whom it may serve."""
+        kept = self.vault.contents()
+        if name in kept and not self.has(name, kept):
+            self.take(name, layout, shape)
+            self.taken.discard(name)
+
+    def has(self, name: str, kept: Mapping[str, Deposit]) -> bool:
+        """Tell whether what is mapped is what the keeper has."""
+        return name in self.stores and name in kept and self.stores[name][0] == kept[name].about["mark"]
+
+    def drop(self, name: str) -> None:
+        """Let go of a replica."""
+        if name in self.stores:
+            self.stores.pop(name)[1].close()
+
+    def drop_untaken(self) -> None:
+        """Let go of those that were prepared and serve nobody here."""
+        for name in set(self.stores) - self.taken:
+            self.drop(name)
+
+    def close(self) -> None:
+        """Let go of all."""
+        for name in list(self.stores):
+            self.drop(name)
+
+
 def take_pool(
     vault: Vault, device: Device, placement: Placement, layout: PoolLayout, location: Location = Location.DEVICE
 ) -> tuple[Buffer, bool]:
@@ -150,6 +196,14 @@ def store_shape(setup: EngineSetup, placement: Placement) -> StoreShape:
     """Give the rows of a place's pipeline."""
     shape, cache = setup.topology.pipelines[placement.pipeline].shape, setup.caches[placement.pipeline]
     return StoreShape(shape.num_microbatches, shape.microbatch_size, cache.blocks_per_row)
+
+
+def describe_store(
+    setup: EngineSetup, holder: int, owner: int, layout_of: Callable[[Placement], PoolLayout]
+) -> tuple[str, PoolLayout, StoreShape]:
+    """Give the name of the replica that one rank holds of another, the layout of its owner's pool, and its rows."""
+    place, owned = setup.topology.placements[holder], setup.topology.placements[owner]
+    return replica_name(place, owned), layout_of(owned), store_shape(setup, owned)
 
 
 def crosses_hosts(channel: Channel, setup: EngineSetup, owner: int) -> bool:
@@ -201,7 +255,7 @@ class Replicating:
 
     channel: Channel
     setup: EngineSetup
-    vault: Vault
+    shelf: StoreShelf
     source: ReplicaSource
     is_new: bool
     layout_of: Callable[[Placement], PoolLayout]
@@ -225,11 +279,11 @@ class Replicating:
         if crosses:
             self.channel.send(holder, self.is_new)
         if crosses_hosts(self.channel, self.setup, owner):
-            held, given = self.hold(owner, stack)
+            held, given = self.hold(owner)
             movers.append(held)
         restored = RestoredPool()
         if crosses or not self.setup.caches[place.pipeline].is_swapped:
-            mover, restored = self.send(place, holder) if crosses else self.copy(place, holder, stack)
+            mover, restored = self.send(place, holder) if crosses else self.copy(place, holder)
             movers.append(mover)
         if given:
             given.wait(self.channel.deadline_s)
@@ -237,11 +291,11 @@ class Replicating:
             stack.callback(each.close)
         return movers, restored
 
-    def hold(self, owner: int, stack: ExitStack) -> tuple[PassFollower, Transfer | None]:
+    def hold(self, owner: int) -> tuple[PassFollower, Transfer | None]:
         """Hold the replica of a rank of another host, and begin to give it back what it has lost."""
         assert self.carrier
         given = None
-        store = stack.enter_context(self.open_store(self.channel.rank, owner))
+        store = self.open_store(self.channel.rank, owner)
         _, has_lost = self.channel.receive(owner, self.channel.deadline_s)
         rows = store.rows()
         self.channel.send(owner, rows)
@@ -268,10 +322,10 @@ class Replicating:
         mover.books.adopt(rows)
         return mover, restored
 
-    def copy(self, place: Placement, holder: int, stack: ExitStack) -> tuple[PassFollower, RestoredPool]:
+    def copy(self, place: Placement, holder: int) -> tuple[PassFollower, RestoredPool]:
         """Replicate on this host, and get back from the replica there what is lost."""
         started = time.monotonic()
-        store, restored = stack.enter_context(self.open_store(holder, place.rank)), RestoredPool()
+        store, restored = self.open_store(holder, place.rank), RestoredPool()
         rows = store.rows()
         if self.is_new and rows:
             blocks = filled_blocks(store.layout, rows.values())
@@ -284,10 +338,7 @@ class Replicating:
 
     def open_store(self, holder: int, owner: int) -> ReplicaStore:
         """Open the replica that one rank holds of another, or make it."""
-        placements = self.setup.topology.placements
-        name, owned = replica_name(placements[holder], placements[owner]), placements[owner]
-        shape = store_shape(self.setup, owned)
-        return take_store(self.vault, self.source.device, name, self.layout_of(owned), shape)
+        return self.shelf.take(*describe_store(self.setup, holder, owner, self.layout_of))
 
     @property
     def every(self) -> int:

@@ -26,7 +26,7 @@ from dejavu.cluster.engine import (
     rank_cache,
 )
 from dejavu.cluster.injection import IncidentLog, Injector, Tripwire, faults_for, from_environment
-from dejavu.cluster.keeping import open_vault, take_pool
+from dejavu.cluster.keeping import StoreShelf, open_vault, take_pool
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.links import Links
 from dejavu.cluster.rehearsal import Rehearsal, prepare_passes
@@ -79,6 +79,7 @@ class Participant:
         self.vault: Vault | None = None
         self.holdings: Holdings | None = None
         self.rehearsal: Rehearsal | None = None  # of a spare
+        self.shelf: StoreShelf | None = None
 
     def take_part(self) -> None:
         """Do this rank's work until the run ends; a spare only joins in what all ranks do together."""
@@ -93,7 +94,7 @@ class Participant:
         self.set_threads()
         with ExitStack() as ties, named_memory_errors(channel), suspecting(self.setup):
             device = self.enter_device()
-            site = Site(channel, self.setup, placement, device, self.join_keeper())
+            site = Site(channel, self.setup, placement, device, self.join_keeper(), self.open_shelf())
             links = open_links(site, ties)
             holdings = self.holdings = self.hold(site, links)
             swap = make_swap(site, holdings, ties) if site.cache.is_swapped else None
@@ -126,19 +127,29 @@ class Participant:
             return 0.0
         self.set_threads()
         missing(device)  # imports NCCL, which neighbours ask for when they meet
-        self.rehearsal = self.rehearsal or Rehearsal(self.channel, self.setup, device, vault)
+        shelf = self.open_shelf()
+        assert shelf
+        self.rehearsal = self.rehearsal or Rehearsal(self.channel, self.setup, device, vault, shelf)
         return self.rehearsal.prepare()
 
     def end_rehearsal(self) -> None:
         """Give back what was prepared for other places than the one taken."""
-        if self.rehearsal:
+        if self.rehearsal and self.shelf:
             self.rehearsal.close()
             self.rehearsal = None
+            self.shelf.drop_untaken()
 
     def enter_device(self) -> Device:
         """Give the device that this process computes on, whatever its rank."""
         self.device = self.device or enter_device(self.channel, self.setup, self.stack)
         return self.device
+
+    def open_shelf(self) -> StoreShelf | None:
+        """Give what holds this process's replicas; synthetic stages have none."""
+        vault = self.join_keeper()
+        if not self.shelf and vault:
+            self.shelf = self.stack.enter_context(StoreShelf(vault, self.enter_device()))
+        return self.shelf
 
     def join_keeper(self) -> Vault | None:
         """Give what leads to this host's keeper; synthetic stages have no memory to keep."""

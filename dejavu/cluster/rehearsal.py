@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -16,14 +17,15 @@ from dejavu.cluster.engine import (
     hold_swapped,
     make_all_reduce,
     make_empty_pool,
+    pool_layout,
     rank_cache,
 )
-from dejavu.cluster.keeping import copy_here, lies_elsewhere
+from dejavu.cluster.keeping import StoreShelf, copy_here, crosses_hosts, describe_store, lies_elsewhere
 from dejavu.cluster.links import Links
 from dejavu.device.base import Buffer, Device
 from dejavu.device.host_memory import available_bytes
 from dejavu.device.vault import Deposit, Vault
-from dejavu.engine.ring import pool_name, weights_name
+from dejavu.engine.ring import pool_name, replica_holder, weights_name
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.worker import Stage
 from dejavu.measure.cpu import CpuMeter
@@ -59,7 +61,8 @@ class Rehearsed:
 class Rehearsal:
     """Be ready to take any place whose memory this host's keeper has, or that a copy of fits on this process's GPU."""
 
-    def __init__(self, channel: Channel, setup: EngineSetup, device: Device, vault: Vault) -> None:
+    def __init__(self, channel: Channel, setup: EngineSetup, device: Device, vault: Vault, shelf: StoreShelf) -> None:
+        self.shelf = shelf
         self.channel = channel
         self.setup = setup
         self.device = device
@@ -76,8 +79,17 @@ class Rehearsal:
             site = Site(self.channel, self.setup, placement, self.device, self.vault)
             if self.can_prepare(site, kept):
                 self.places[placement.rank] = self.rehearse(site, kept)
+        self.map_replicas()
         self.device.synchronize()
         return time.monotonic() - started
+
+    def map_replicas(self) -> None:
+        """Map the replicas on this host of all places: to restore from, and to write to."""
+        for placement in self.setup.replicated:
+            if not crosses_hosts(self.channel, self.setup, placement.rank):
+                holder = replica_holder(self.setup.topology, self.channel.hosts, placement.rank)
+                layout_of = partial(pool_layout, self.setup)
+                self.shelf.prepare(*describe_store(self.setup, holder, placement.rank, layout_of))
 
     def is_ready(self, placement: Placement, kept: Contents) -> bool:
         """Tell whether a place is prepared, and all that it maps is what the keeper still has."""

@@ -10,7 +10,7 @@ import torch
 
 from dejavu.cluster.engine import Site
 from dejavu.cluster.job import prepare
-from dejavu.cluster.keeping import take_memory
+from dejavu.cluster.keeping import StoreShelf, take_memory
 from dejavu.cluster.links import Links
 from dejavu.cluster.participant import hold
 from dejavu.cluster.rehearsal import Rehearsal
@@ -58,7 +58,7 @@ def compute(holdings, hidden):
 def test_what_is_prepared_computes_as_the_worker_does_on_its_pool(setup, vault):
     with open_device("cpu") as device, ExitStack() as stack:
         workers = hold_all(setup, device, vault, stack)
-        rehearsal = Rehearsal(CHANNEL, setup, device, vault)
+        rehearsal = Rehearsal(CHANNEL, setup, device, vault, StoreShelf(vault, device))
         assert rehearsal.prepare() > 0
         hidden = taken_hidden = None
         for placement, worker in workers.items():
@@ -77,7 +77,7 @@ def test_what_is_prepared_computes_as_the_worker_does_on_its_pool(setup, vault):
 def test_what_the_keeper_has_no_more_is_prepared_anew(setup, vault, name):
     with open_device("cpu") as device, ExitStack() as stack:
         first, second = hold_all(setup, device, vault, stack)
-        rehearsal = Rehearsal(CHANNEL, setup, device, vault)
+        rehearsal = Rehearsal(CHANNEL, setup, device, vault, StoreShelf(vault, device))
         rehearsal.prepare()
         prepared = rehearsal.places[second.rank]
         vault.drop(name(first))
