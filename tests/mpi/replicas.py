@@ -55,7 +55,7 @@ def compare(mover: Receiving, replicating: Replicating) -> None:
     """Hold a replica against the pool that its owner has left with the keeper."""
     owner = replicating.setup.topology.placements[mover.owner]
     name = pool_name(owner, swapped=replicating.setup.config.swap)
-    found = replicating.vault.get(name, replicating.source.device)
+    found = replicating.shelf.vault.get(name, replicating.source.device)
     assert found
     with found[0] as pool:
         rows, books = mover.store.rows(), mover.books.rows
