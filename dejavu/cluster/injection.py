@@ -64,7 +64,7 @@ def parse_fault(text: str, kind: Kind, topology: Topology, every: int = 0, *, lo
 def random_faults(
     count: int, topology: Topology, num_tokens: int, seed: int, *, loses_memory: bool = False
 ) -> list[Fault]:
-    """Draw failures of any ranks, spares and controller among them, spread over a run that gives out so many tokens.
+    """Draw failures of any ranks, the controller and one spare among them, over a run that gives out so many tokens.
 
     One in four stops a rank, the others kill it; where they may lose memory, one in three of these does. None comes in
     the last twentieth, so that there is a run left to go on. The same arguments give the same failures.
@@ -73,11 +73,12 @@ def random_faults(
     if count > latest:
         raise UsageError(f"{count} random failures do not fit into {num_tokens} tokens: serve more, or ask for fewer")
     draw = random.Random(f"{seed} failures")  # noqa: S311 (nothing to guess)
+    num_targets = min(topology.first_spare + 1, len(topology.placements))
     faults = []
     for tokens in sorted(draw.sample(range(1, latest + 1), count)):
         kind: Kind = "stop" if draw.random() < 1 / 4 else "kill"
         loses = draw.random() < 1 / 3 and loses_memory and kind == "kill"
-        faults.append(Fault(draw.randrange(len(topology.placements)), kind, loses_memory=loses, tokens=tokens))
+        faults.append(Fault(draw.randrange(num_targets), kind, loses_memory=loses, tokens=tokens))
     return faults
 
 

@@ -126,6 +126,7 @@ class FailureBook:
         for record in outage.records[:1]:
             record.bytes_restored = gathered.restored_bytes
             record.prompts_recomputed, record.tokens_replayed = repeated.prompts, repeated.tokens
+            record.steps_lost = repeated.steps
 
     def token(self, serial: int, time_s: float) -> list[str]:
         """Note that a request goes on; give what is to be said of failures that are over with it."""

@@ -137,10 +137,14 @@ def join_restored(parts: Iterable[tuple[bool, Mapping[int, int]]]) -> Restored:
 
 @dataclass(slots=True)
 class Repeated:
-    """Count what has to be computed again after a failure."""
+    """Count what has to be computed again after a failure.
+
+    `steps` are those of the microbatch that is set back the furthest: each passes one token of each of its rows.
+    """
 
     prompts: int = 0
     tokens: int = 0
+    steps: int = 0
 
     def count(self, admission: Admission) -> None:
         """Count one request that goes on."""
@@ -148,7 +152,9 @@ class Repeated:
             return
         prompt = len(admission.request.prompt_token_ids)
         self.prompts += admission.num_cached < prompt
-        self.tokens += prompt + len(admission.outputs) - 1 - max(admission.num_cached, prompt)
+        tokens = prompt + len(admission.outputs) - 1 - max(admission.num_cached, prompt)
+        self.tokens += tokens
+        self.steps = max(self.steps, tokens)
 
 
 class Seating(Protocol):

@@ -19,7 +19,7 @@ class FailureRecord:
     restored_s: float = nan  # when everybody was ready to go on
     resumed_s: float = nan  # when every request that had to wait had its next token
     recovery_s: float = nan  # from the failure to then, or from its detection where it was not caused on purpose
-    steps_lost: int = 0  # passes that had to be run again and were not under way
+    steps_lost: int = 0  # that a microbatch was set back behind its last complete one
     tokens_replayed: int = 0
     prompts_recomputed: int = 0
     bytes_restored: int = 0

@@ -84,7 +84,7 @@ def test_random_faults_follow_from_their_seed_and_leave_an_end():
     moments = [fault.tokens for fault in faults]
     assert moments == sorted(set(moments))
     assert 0 < moments[0] <= moments[-1] <= 950
-    assert {fault.rank for fault in faults} == set(range(6))
+    assert {fault.rank for fault in faults} == set(range(5))
     assert {(fault.kind, fault.loses_memory) for fault in faults} == {("kill", False), ("kill", True), ("stop", False)}
     assert not any(fault.loses_memory for fault in random_faults(50, topology, 1000, 3))
     with pytest.raises(UsageError, match="do not fit"):

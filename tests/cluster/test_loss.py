@@ -63,6 +63,11 @@ CASES = {
 }
 
 
+# The rank dies before it computes pass 15 of a microbatch; every fourth step copied, the last was that of 12. The copy of
+# the last step may be on its way to another host.
+LOST = {"process": {0}, "memory": {1, 2, 3}, "memory of another host": {0, 1}}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_request_goes_on(options, expected, tmp_path, name):
     loses, rank, more = CASES[name]
@@ -74,6 +79,8 @@ def test_every_request_goes_on(options, expected, tmp_path, name):
     assert tokens(path) == expected
     (failure,) = read_csv(path / "failures.csv", FailureRecord)
     assert failure.prompts_recomputed == 0
+    assert failure.steps_lost in LOST[name], failure
+    assert failure.tokens_replayed <= failure.steps_lost * REQUESTS
     assert (failure.bytes_restored > 0) == (loses == "memory")
     assert {t.kind for t in read_csv(path / "transfers.csv", TransferRecord)} == {"replica"}
     assert done.left == []

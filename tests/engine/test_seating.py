@@ -202,10 +202,10 @@ def test_what_a_first_failure_lost_is_not_taken_for_there_at_a_second():
         repeated = seating.resume({0: outputs}, [Restored(intact)])
         (admission,) = told[-1].admissions
         assert (admission.outputs, admission.num_cached) == (tuple(outputs), num_cached)
-        assert (repeated.prompts, repeated.tokens) == (prompts, tokens)
+        assert (repeated.prompts, repeated.tokens, repeated.steps) == (prompts, tokens, tokens)
     repeated = seating.resume({0: [5, 6, 7, 8, 9]}, [Restored(intact=False, tokens={0: 6})])
     assert told[-1].admissions[0].num_cached == 6
-    assert (repeated.prompts, repeated.tokens) == (0, 2)
+    assert (repeated.prompts, repeated.tokens, repeated.steps) == (0, 2, 2)
 
 
 def test_a_full_token_pipeline_holds_prompts_back():
