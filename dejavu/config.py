@@ -124,6 +124,9 @@ class ServeConfig(BaseModel):
     replica_transport: Literal["auto", "tcp", "mpi"] = option(
         "auto", "Failures", "What carries replicas to another host, tcp by default; one host shares memory by default."
     )
+    kv_disk: str | None = option(
+        None, "Failures", "Keep replicas in files of this directory, for --resume when all processes are gone."
+    )
     on_failure: Literal["abort", "wait", "respawn"] = option(
         "abort",
         "Failures",
@@ -192,6 +195,8 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 f"replicate {self.replicate} has no KV to copy with synthetic stages: leave one of them out"
             )
+        if self.kv_disk is not None and (self.replicate == "off" or self.swap):
+            raise ValueError(f"kv_disk {self.kv_disk} is for replicas of KV that is not swapped: give replicate ring")
         self.check_swapping()
         depth = self.token_pp or self.pp
         if self.num_microbatches and self.num_microbatches < depth:

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dejavu.cluster.launcher import JOB, SUPERVISOR
+from dejavu.cluster.stores import open_store, store_path
 from dejavu.config import PipelineShape
 from dejavu.device.base import Buffer, Closing, Device, Location
 from dejavu.device.keeper_line import Guardian
@@ -92,12 +94,14 @@ def copy_here(device: Device, far: Buffer) -> Buffer:
     return memory
 
 
-def take_store(vault: Vault, device: Device, name: str, layout: PoolLayout, shape: StoreShape) -> ReplicaStore:
-    """Give the replica of this name, with what it holds, or a new one."""
+def take_store(
+    vault: Vault, device: Device, name: str, layout: PoolLayout, shape: StoreShape, make: Callable[[], ReplicaStore]
+) -> ReplicaStore:
+    """Give the replica of this name, with what it holds, or what `make` does."""
     kept = vault.get(name, device)
     if kept is not None:
         return ReplicaStore(kept[0], layout, shape)
-    store = ReplicaStore.allocate(device, layout, shape)
+    store = make()
     vault.put(name, store.memory)
     return store
 
@@ -111,13 +115,16 @@ class StoreShelf(Closing):
         self.stores: dict[str, tuple[str, ReplicaStore]] = {}  # with the keeper's mark
         self.taken: set[str] = set()
 
-    def take(self, name: str, layout: PoolLayout, shape: StoreShape) -> ReplicaStore:
-        """Give the replica of this name, or a new one; the shelf closes it."""
+    def take(
+        self, name: str, layout: PoolLayout, shape: StoreShape, make: Callable[[], ReplicaStore] | None = None
+    ) -> ReplicaStore:
+        """Give the replica of this name, or what `make` does, by default a new one; the shelf closes it."""
         self.taken.add(name)
         kept = self.vault.contents()
         if not self.has(name, kept):
             self.drop(name)
-            store = take_store(self.vault, self.device, name, layout, shape)
+            allocate = partial(ReplicaStore.allocate, self.device, layout, shape)
+            store = take_store(self.vault, self.device, name, layout, shape, make or allocate)
             self.stores[name] = self.vault.contents()[name].about["mark"], store
         return self.stores[name][1]
 
@@ -338,7 +345,12 @@ class Replicating:
 
     def open_store(self, holder: int, owner: int) -> ReplicaStore:
         """Open the replica that one rank holds of another, or make it."""
-        return self.shelf.take(*describe_store(self.setup, holder, owner, self.layout_of))
+        described = _, layout, shape = describe_store(self.setup, holder, owner, self.layout_of)
+        device, path = self.source.device, store_path(self.setup, self.setup.topology.placements[owner])
+        if path is None:
+            return self.shelf.take(*described)
+        is_later = self.channel.membership.epoch > 0
+        return self.shelf.take(*described, lambda: open_store(device, path, layout, shape, is_later=is_later))
 
     @property
     def every(self) -> int:

@@ -30,6 +30,7 @@ from dejavu.cluster.keeping import StoreShelf, open_vault, take_pool
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.links import Links
 from dejavu.cluster.rehearsal import Rehearsal, prepare_passes
+from dejavu.cluster.stores import remove_store
 from dejavu.device.base import Device
 from dejavu.device.vault import Vault
 from dejavu.engine.messages import Ready, Report
@@ -114,6 +115,7 @@ class Participant:
             if site.vault:  # the run is over: the job's next engine must not take this one's memory for its own
                 for prefix in memory_prefixes(placement):
                     site.vault.drop(prefix)
+                remove_store(self.setup, placement)
             channel.send(CONTROLLER, report)
 
     def set_threads(self) -> None:

@@ -12,7 +12,7 @@ from dejavu.engine.activity import Activity
 from dejavu.engine.journal import NoJournal, Past
 from dejavu.engine.messages import Busy, Moved, Ready, Released, Replicated, Report, Sampled, SampledToken, Stop
 from dejavu.engine.recovery import Company, Death, FailureBook, Outage
-from dejavu.engine.seating import Lane, Seating
+from dejavu.engine.seating import Lane, Repeated, Seating
 from dejavu.engine.text import StreamFactory, TextWatch
 from dejavu.errors import PeerLostError
 from dejavu.measure.clock import RunClock
@@ -203,8 +203,8 @@ class Controller:
             else:
                 return
 
-    def resume(self, outage: Outage) -> None:
-        """Gather everybody, and tell them where to go on."""
+    def resume(self, outage: Outage) -> Repeated:
+        """Gather everybody, and tell them where to go on; give what has to be computed again."""
         assert self.company
         self.ready.clear()
         self.reports.clear()
@@ -213,6 +213,7 @@ class Controller:
         repeated = self.seating.resume(outputs, gathered.restored)
         self.failures.resume(outage, gathered, repeated, self.clock.now_s())
         self.say(self.failures.close_finished(self.clock.now_s()))
+        return repeated
 
     def say(self, lines: Iterable[str]) -> None:
         """Tell the user of failures that are over."""
@@ -283,9 +284,13 @@ class Controller:
         """Go on where the controller was lost, whose journal was adopted."""
         outage = self.failures.begin(deaths, detected_s, self.clock.now_s(), set(self.running))
         try:
-            self.resume(outage)
+            repeated = self.resume(outage)
         except PeerLostError as error:
             self.recover(error)
+            return
+        if not deaths:  # all ranks were lost, and with them who would have said what it costs
+            again = f"{repeated.prompts} prompts computed again, {repeated.tokens} tokens passed again"
+            self.announce(f"{len(self.running)} requests go on where they were: {again}")
 
     def take_tokens(self, rank: int, result: Sampled) -> None:
         """Take the tokens of one pass; those of requests that have ended meanwhile are dropped."""

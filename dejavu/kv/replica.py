@@ -166,12 +166,16 @@ class ReplicaStore(Closing):
     def allocate(cls, device: Device, layout: PoolLayout, shape: StoreShape) -> "ReplicaStore":
         """Make an empty store in host memory that can be exported."""
         store = cls(device.allocate_host_exportable(shape.index_bytes + layout.total_bytes), layout, shape)
-        assert store._rows is not None
-        assert store._steps is not None
-        store._rows[..., 0] = store._steps[:] = NOBODY
+        store.clear()
         if device.properties.kind == "cpu":  # its pages come with their first use, which is to be in no step
             device.fill(store.pool, 0, stream=device.compute_stream)
         return store
+
+    def clear(self) -> None:
+        """State that nothing is here; the memory is zeroed."""
+        assert self._rows is not None
+        assert self._steps is not None
+        self._rows[..., 0] = self._steps[:] = NOBODY
 
     def write(self, microbatch: int, step: int, copies: Iterable[RowCopy]) -> None:
         """Note that copies are here, and with them all of a microbatch up to a step.

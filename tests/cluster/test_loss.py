@@ -63,8 +63,8 @@ CASES = {
 }
 
 
-# The rank dies before it computes pass 15 of a microbatch; every fourth step copied, the last was that of 12. The copy of
-# the last step may be on its way to another host.
+# The rank dies before it computes pass 15 of a microbatch; of every fourth, the last copy was that of 12. What the last
+# step adds may be on its way to another host.
 LOST = {"process": {0}, "memory": {1, 2, 3}, "memory of another host": {0, 1}}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -132,13 +133,6 @@ CASES = {
         {"stage 0": 1, "stage 1": 1},
         0,
     ),
-    # no spare from the start: requests wait for one that is started, and again for the one that follows it
-    "nobody-left": (
-        ["--pp", 2, "--on-failure", "wait"],
-        [Fault(2, "kill", step=3), Fault(2, "kill", tokens=40)],
-        {"stage 1": 2},
-        0,
-    ),
     # the controller, both tensor ranks of a stage, and the one that became the controller
     "controller-tensor-ranks": (
         ["--tp", 2, "--spares", 4],
@@ -267,6 +261,24 @@ def test_lost_run_goes_on_by_hand(base, expected, tmp_path):
     assert journal.count('["token"') > len(REQUESTS)
     again = start("serve", tmp_path / "other", "--resume", tmp_path / "run")
     assert again.returncode == 0, again.stderr
+    assert re.search(r"requests go on where they were: [1-9]\d* prompts computed again", again.stdout)
     assert (tmp_path / "run" / "journal.jsonl").read_text().startswith(journal)
     assert read_outputs(tmp_path / "run") == expected
     assert done.left == again.left == []
+
+
+def test_lost_run_goes_on_by_hand_from_replicas_in_files(base, expected, tmp_path):
+    """All processes are gone, the keeper too; no prompt is computed again, and no file stays when the run has ended."""
+    _, arguments = base
+    faults = [Fault(1, "kill", step=6)]
+    kept = ["--replicate", "ring", "--kv-disk", tmp_path / "kv"]
+    done = serve(tmp_path / "run", *arguments, "--pp", 2, *kept, faults=faults)
+    assert done.returncode == 1, done.stderr
+    assert done.left == []
+    assert len(list((tmp_path / "kv").glob("*/*.kv"))) == 2
+    again = start("serve", tmp_path / "other", "--resume", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert "requests go on where they were: 0 prompts computed again" in again.stdout
+    assert read_outputs(tmp_path / "run") == expected
+    assert list((tmp_path / "kv").iterdir()) == []
+    assert again.left == []
