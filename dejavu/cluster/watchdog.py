@@ -73,13 +73,18 @@ def next_on_host(channel: Channel, dead: Collection[int] = ()) -> int | None:
     """Give the process after this one among those of this host, in a ring; None where it is alone.
 
     One that is `dead` is passed over, as it watches nobody: the survivors may wait for a stopped one behind it before
-    they have agreed that it is gone.
+    they have agreed that it is gone. The death of one that is followed has to be told first.
     """
     places = channel.membership.places
     here = sorted(process for rank in channel.near if (process := places[rank]) is not None and process not in dead)
     behind = [process for process in here if process > channel.process]
     ring = dict.fromkeys([*behind, *here])
-    return next((process for process in ring if process_state(channel.pids[process]) not in DEAD), None)
+    return next((process for process in ring if channel.is_followed(process) or is_there(channel, process)), None)
+
+
+def is_there(channel: Channel, process: int) -> bool:
+    """Tell whether a process of this host has not ended."""
+    return process_state(channel.pids[process]) not in DEAD
 
 
 def process_state(pid: int) -> str:
