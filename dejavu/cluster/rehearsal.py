@@ -203,9 +203,12 @@ class Rehearsal:
 def prepare_passes(site: Site, stage: Stage, pool: Tensor) -> None:
     """Prepare token steps of every number of rows, so that no request waits for it; tensor ranks do so together.
 
-    Prompts too, unless requests wait for this rank to take another's place: their KV is there.
+    Prompts too, unless requests wait for this rank to take another's place: their KV is there. An empty pool stands for
+    one that is made with each change; steps are captured for the pool that they use, so they are then, too.
     """
+    if pool.numel() == 0:
+        return
     role, num_rows = site.pipeline.role, site.pipeline.shape.microbatch_size
-    has_prompts = role is not Role.TOKEN and site.channel.membership.epoch == 0 and pool.numel() > 0
+    has_prompts = role is not Role.TOKEN and site.channel.membership.epoch == 0
     row_counts = range(1, num_rows + 1) if role is not Role.PROMPT else ()
     stage.warm_up(pool, row_counts, most_tokens(site.setup, site.placement) if has_prompts else 0)

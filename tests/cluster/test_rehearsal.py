@@ -13,7 +13,7 @@ from dejavu.cluster.job import prepare
 from dejavu.cluster.keeping import StoreShelf, take_memory
 from dejavu.cluster.links import Links
 from dejavu.cluster.participant import hold
-from dejavu.cluster.rehearsal import Rehearsal
+from dejavu.cluster.rehearsal import Rehearsal, prepare_passes
 from dejavu.config import ServeConfig
 from dejavu.device import open_device
 from dejavu.device.keeper_line import Guardian, end_keeper
@@ -101,3 +101,13 @@ def test_each_memory_has_a_mark_of_its_own(vault):
             memory.close()
             marks.add(vault.contents()["0.0.0/pool"].about["mark"])
         assert len(marks) == 2
+
+
+def test_token_steps_are_prepared_for_a_pool_that_stays_alone(setup):
+    warmed = []
+    stage = SimpleNamespace(warm_up=lambda pool, row_counts, prompt_tokens: warmed.append((pool, list(row_counts))))
+    site = Site(CHANNEL, setup, setup.topology.workers[0], None, None)
+    empty, pool = torch.zeros(4, 0, 2, 8, 2, 4), torch.zeros(4, 1, 2, 8, 2, 4)
+    prepare_passes(site, stage, empty)  # made anew with each change: what is captured on it would be of no use
+    prepare_passes(site, stage, pool)
+    assert warmed == [(pool, [1, 2])]
