@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from dejavu.cluster.accelerator import most_tokens
@@ -14,7 +13,6 @@ from dejavu.cluster.company import WorkerCompany
 from dejavu.cluster.keeping import (
     Replicating,
     RestoredPool,
-    StoreShelf,
     open_replica_carrier,
     outlives_worker,
     take_flushed,
@@ -22,15 +20,15 @@ from dejavu.cluster.keeping import (
     take_weights,
 )
 from dejavu.cluster.links import Links, open_inbox, open_outbox, open_sums
-from dejavu.device.base import Buffer, Device, Location, Stream
-from dejavu.device.vault import Vault
+from dejavu.cluster.site import Holdings, Site, dtype_of, make_empty_pool, make_rows, pool_layout, rank_cache
+from dejavu.device.base import Location, Stream
 from dejavu.engine.controller import Controller
 from dejavu.engine.flight import Flights
 from dejavu.engine.handover import Mover, Movers, NoMover, PromptMover, SyntheticMover, TokenMover
 from dejavu.engine.inlet import DirectInlet, HostInlet, Inlet, NoInlet, StagedInlet
 from dejavu.engine.journal import NoJournal, Past
 from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
-from dejavu.engine.messages import Admissions, Busy, Report, Resume, Sampled
+from dejavu.engine.messages import Admissions, Report, Resume, Sampled
 from dejavu.engine.recovery import Death
 from dejavu.engine.replication import ReplicaSource
 from dejavu.engine.residency import Residency
@@ -39,27 +37,23 @@ from dejavu.engine.scheduler import Scheduler
 from dejavu.engine.seating import Colocated, Disaggregated, Lane, Seating, peak_blocks
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sink import DirectNextStage, NextStage, Sampling, Sink, StagedNextStage, ToLeader, ToSum
-from dejavu.engine.sizing import CacheSize
 from dejavu.engine.source import Scheduled, Source, Upstream
 from dejavu.engine.swapping import SwapMover
 from dejavu.engine.text import StreamFactory
 from dejavu.engine.timeline import DeviceTimeline, HostTimeline, Timeline
 from dejavu.engine.unseen import UnseenTokens
 from dejavu.engine.worker import GivenBlocks, Stage, Worker
-from dejavu.kv.flushed import FlushedRow, FlushedRows
-from dejavu.kv.layout import PoolLayout, RowMap
+from dejavu.kv.flushed import FlushedRow
 from dejavu.kv.plan import Resharding
 from dejavu.kv.pool import KVPool
-from dejavu.kv.side import CacheSide, RankCache
+from dejavu.kv.side import CacheSide
 from dejavu.kv.stream import Level
 from dejavu.kv.swap import PoolLink, SimulatedLink
 from dejavu.measure.clock import RunClock
 from dejavu.measure.cpu import CpuMeter, CpuUsage
 from dejavu.measure.failures import FailureRecord
-from dejavu.measure.records import StepRecord
-from dejavu.model.spec import Shard
 from dejavu.model.weight_arena import WeightArena
-from dejavu.topology import CONTROLLER, Pipeline, Placement, Role
+from dejavu.topology import CONTROLLER, Role
 from dejavu.transport.mpi import Channel
 
 if TYPE_CHECKING:
@@ -156,72 +150,6 @@ def make_seating(channel: Channel, setup: EngineSetup, journal: NoJournal) -> Se
         return Colocated(lanes, send)
     prompt, token = lanes
     return Disaggregated(prompt, token, send)
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Say where in which run a worker stands."""
-
-    channel: Channel
-    setup: EngineSetup
-    placement: Placement
-    device: Device
-    vault: Vault | None  # synthetic stages have nothing to keep
-    shelf: StoreShelf | None = None  # of replicas; there where a worker is
-
-    @property
-    def shard(self) -> Shard:
-        """Give this rank's part of the model."""
-        assert self.placement.shard is not None
-        return self.placement.shard
-
-    @property
-    def pipeline(self) -> Pipeline:
-        """Give the pipeline that this rank is part of."""
-        return self.setup.topology.pipelines[self.placement.pipeline]
-
-    @property
-    def cache(self) -> CacheSize:
-        """Give the size of this rank's pool."""
-        return self.setup.caches[self.placement.pipeline]
-
-    @property
-    def sees_all_draws(self) -> bool:
-        """Tell whether this rank draws the tokens that its own passes take, and nobody else writes into its pool.
-
-        A GPU's next token step can then be queued before the host has seen the tokens: a row that turns out to have
-        ended writes into its blocks once more, ahead of all that is queued later, but not of KV from elsewhere.
-        """
-        alone = len(self.pipeline.ranks) == 1 and not self.setup.config.is_disaggregated
-        return self.setup.on_cuda and alone and not self.cache.is_swapped
-
-    def tell_busy(self, compute_s: float) -> None:
-        """Tell the controller how long this rank has computed since it was told last."""
-        self.channel.send(CONTROLLER, Busy(compute_s))
-
-    def neighbour(self, distance: int) -> int:
-        """Give the same tensor rank of a stage before or behind this one."""
-        return self.pipeline.rank_of(self.placement.stage + distance, self.shard.tp_rank)
-
-
-@dataclass(slots=True)
-class Holdings:
-    """Hold what a worker keeps when another rank dies: its part of the model, KV memory, and what it has recorded.
-
-    The pool is `memory` as [block, layer, k/v, token, kv_head, head_dim]: zeros, or with `has_kv` what this place's
-    last process or epoch left there. Synthetic stages have none; of swapped KV `memory` is all of it, on the host, and
-    `flushed` says what has come there, while the device's part is made anew. `kept_bytes` are those that this process
-    found, until it has told.
-    """
-
-    stage: Stage
-    pool: Tensor
-    memory: Buffer | None
-    meter: CpuMeter
-    has_kv: bool = False
-    kept_bytes: int = 0
-    flushed: FlushedRows | None = None
-    steps: list[StepRecord] = field(default_factory=list)
 
 
 def make_stage(site: Site, all_reduce: AllReduce | None, stack: ExitStack) -> tuple[Stage, int]:
@@ -378,45 +306,6 @@ def make_handover(site: Site, comm: Any, pool: KVPool, stream: Stream, ties: Exi
     ]
     kind = PromptMover if site.pipeline.role is Role.PROMPT else TokenMover
     return kind(site.channel, carrier, pool, Resharding(*sides), level, stream)
-
-
-def pool_layout(setup: EngineSetup, placement: Placement) -> PoolLayout:
-    """Describe the pool of a worker."""
-    return rank_cache(setup, placement).layout
-
-
-def rank_cache(setup: EngineSetup, placement: Placement) -> RankCache:
-    """Describe the pool of a worker, by its rank among the workers."""
-    shard, cache, spec = placement.shard, setup.caches[placement.pipeline], setup.spec
-    assert shard is not None
-    heads = spec.num_kv_heads // shard.tp_size
-    layers = shard.last_layer - shard.first_layer
-    itemsize = dtype_of(setup).itemsize
-    first_head = shard.tp_rank * heads
-    layout = PoolLayout(
-        cache.num_blocks, shard.first_layer, layers, cache.block_size, first_head, heads, spec.head_dim, itemsize
-    )
-    return RankCache(placement.rank - 1, layout)
-
-
-def make_rows(site: Site) -> RowMap:
-    """Make the table of rows that KV moves out of, or of slots that it moves into."""
-    shape, cache = site.pipeline.shape, site.cache
-    if site.pipeline.role is Role.PROMPT:
-        return RowMap(shape.num_microbatches, shape.microbatch_size, cache.blocks_per_row, cache.block_size)
-    return RowMap(1, cache.num_blocks, cache.blocks_per_row, cache.block_size)
-
-
-def dtype_of(setup: EngineSetup) -> torch.dtype:
-    """Give the number format of the run."""
-    dtype: torch.dtype = getattr(torch, setup.dtype)
-    return dtype
-
-
-def make_empty_pool(site: Site) -> Tensor:
-    """Give the pool of a synthetic stage: of no layers."""
-    spec, cache, heads = site.setup.spec, site.cache, site.setup.spec.num_kv_heads // site.shard.tp_size
-    return torch.zeros((cache.num_blocks, 0, 2, cache.block_size, heads, spec.head_dim), dtype=dtype_of(site.setup))
 
 
 def make_worker(

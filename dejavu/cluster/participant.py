@@ -12,24 +12,20 @@ import torch
 from dejavu.cluster.accelerator import claim_memory, enter_device
 from dejavu.cluster.company import join_clock, workers_comm
 from dejavu.cluster.engine import (
-    Holdings,
-    Site,
-    dtype_of,
     hold_swapped,
     make_all_reduce,
-    make_empty_pool,
     make_mover,
     make_stage,
     make_swap,
     make_worker,
     open_links,
-    rank_cache,
 )
 from dejavu.cluster.injection import IncidentLog, Injector, Tripwire, faults_for, from_environment
 from dejavu.cluster.keeping import StoreShelf, open_vault, take_pool
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.links import Links
 from dejavu.cluster.rehearsal import Rehearsal, prepare_passes
+from dejavu.cluster.site import Holdings, Site, dtype_of, make_empty_pool, rank_cache
 from dejavu.cluster.stores import remove_store
 from dejavu.device.base import Device
 from dejavu.device.vault import Vault

@@ -9,19 +9,10 @@ from functools import partial
 from torch import Tensor
 
 from dejavu.cluster.accelerator import most_tokens, reserve_bytes
-from dejavu.cluster.engine import (
-    Holdings,
-    Site,
-    build_stage,
-    dtype_of,
-    hold_swapped,
-    make_all_reduce,
-    make_empty_pool,
-    pool_layout,
-    rank_cache,
-)
+from dejavu.cluster.engine import build_stage, hold_swapped, make_all_reduce
 from dejavu.cluster.keeping import StoreShelf, copy_here, crosses_hosts, describe_store, lies_elsewhere
 from dejavu.cluster.links import Links
+from dejavu.cluster.site import Holdings, Site, dtype_of, make_empty_pool, pool_layout, rank_cache
 from dejavu.device.base import Buffer, Device
 from dejavu.device.host_memory import available_bytes
 from dejavu.device.vault import Deposit, Vault

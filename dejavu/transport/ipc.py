@@ -12,8 +12,8 @@ import os
 import selectors
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import count
 
 from dejavu.device.base import Buffer, Device, Stream
@@ -30,6 +30,7 @@ from dejavu.transport.lanes import Lanes
 from dejavu.transport.message import join
 from dejavu.transport.progress import Gate, Gates
 from dejavu.transport.staging import cancelled, is_short, move, wrap
+from dejavu.transport.waiting import rest
 
 NUM_WORDS = 8192  # of one rank: how many receives can be under way
 WORDS_BYTES = NUM_WORDS * WORD_BYTES
@@ -165,9 +166,9 @@ class IpcCarrier(Carrier):
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._bell, selectors.EVENT_READ, self._hush)
         for peer in self._peers.values():
-            self._selector.register(peer.line.socket, selectors.EVENT_READ, _bind(self._hear, peer))
+            self._selector.register(peer.line.socket, selectors.EVENT_READ, partial(self._hear, peer))
             if peer.line.pidfd is not None:
-                self._selector.register(peer.line.pidfd, selectors.EVENT_READ, _bind(self._bury, peer))
+                self._selector.register(peer.line.pidfd, selectors.EVENT_READ, partial(self._bury, peer))
         self._thread = threading.Thread(target=self._serve, name="carrier-ipc", daemon=True)
         self._thread.start()
 
@@ -342,8 +343,8 @@ class IpcCarrier(Carrier):
             with self._lock:
                 quiet_s = time.monotonic() - moved_s
                 self._is_alert = quiet_s < LINGER_S or self._is_busy()
-                is_awaited = bool(self._unready or self._gated or self._queue)
-            heard = self._selector.select(_rest(quiet_s, is_awaited=is_awaited) if self._is_alert else None)
+                pauses_s = AWAITED_PAUSES_S if self._unready or self._gated or self._queue else PAUSES_S
+            heard = self._selector.select(rest(quiet_s, *pauses_s) if self._is_alert else None)
             with self._lock:
                 for selected, _ in heard:
                     selected.data()
@@ -491,17 +492,3 @@ class IpcCarrier(Carrier):
             self._fail_send(send, peer.lost)
         for box in (peer.receives, peer.sends, peer.posts):
             box.clear()
-
-
-def _bind(action: Callable[[Peer], None], peer: Peer) -> Callable[[], None]:
-    return lambda: action(peer)
-
-
-def _rest(quiet_s: float, *, is_awaited: bool) -> float:
-    """Give how long to sleep in the selector; a pause under its resolution is slept here."""
-    shortest_s, longest_s = AWAITED_PAUSES_S if is_awaited else PAUSES_S
-    pause_s = min(longest_s, max(shortest_s, quiet_s / 8))
-    if pause_s >= 1e-3:
-        return pause_s
-    time.sleep(pause_s)
-    return 0.0

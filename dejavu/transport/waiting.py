@@ -81,3 +81,12 @@ class Patience:
 def new_job_name() -> str:
     """Make an unguessable name for the sockets of one job."""
     return os.urandom(12).hex()
+
+
+def rest(quiet_s: float, shortest_s: float, longest_s: float) -> float:
+    """Give how long to sleep in a selector, the longer since it was quiet; what is too short for it is slept here."""
+    pause_s = min(longest_s, max(shortest_s, quiet_s / 8))
+    if pause_s >= 1e-3:
+        return pause_s
+    time.sleep(pause_s)
+    return 0.0

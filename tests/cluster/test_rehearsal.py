@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dejavu.cluster.engine import Site
 from dejavu.cluster.job import prepare
 from dejavu.cluster.keeping import StoreShelf, take_memory
 from dejavu.cluster.links import Links
 from dejavu.cluster.participant import hold
 from dejavu.cluster.rehearsal import Rehearsal, prepare_passes
+from dejavu.cluster.site import Site
 from dejavu.config import ServeConfig
 from dejavu.device import open_device
 from dejavu.device.keeper_line import Guardian, end_keeper

@@ -16,8 +16,8 @@ def mailboxes(monkeypatch):
     """Join all stages of CPU ranks by mailboxes; gives how many this rank has opened."""
     from dejavu.cluster import participant
     from dejavu.cluster.accelerator import most_tokens
-    from dejavu.cluster.engine import Site, dtype_of
     from dejavu.cluster.links import Links, open_inbox, open_outbox
+    from dejavu.cluster.site import Site, dtype_of
 
     opened = []
 
