@@ -25,6 +25,7 @@ def plot_passes(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+    prompts.plot([], [], "--", color="gray", linewidth=0.9, label="roofline")
     prompts.legend()
     FigureCanvasAgg(figure).print_png(str(path))
 
