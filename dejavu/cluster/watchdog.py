@@ -6,13 +6,12 @@ import threading
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from pathlib import Path
 
 from dejavu.cluster.injection import Incident, IncidentLog
+from dejavu.transport.lifeline import is_alive, process_state
 from dejavu.transport.mpi import Channel
 
 LOOK_EVERY_S = 0.25
-DEAD = "XZ"
 STOPPED = "tT"  # by a signal, or by a debugger
 
 
@@ -79,18 +78,4 @@ def next_on_host(channel: Channel, dead: Collection[int] = ()) -> int | None:
     here = sorted(process for rank in channel.near if (process := places[rank]) is not None and process not in dead)
     behind = [process for process in here if process > channel.process]
     ring = dict.fromkeys([*behind, *here])
-    return next((process for process in ring if channel.is_followed(process) or is_there(channel, process)), None)
-
-
-def is_there(channel: Channel, process: int) -> bool:
-    """Tell whether a process of this host has not ended."""
-    return process_state(channel.pids[process]) not in DEAD
-
-
-def process_state(pid: int) -> str:
-    """Give the letter by which Linux calls a process's state; X where there is none of that number."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
-    return text.rpartition(")")[2].split()[0]
+    return next((process for process in ring if channel.is_followed(process) or is_alive(channel.pids[process])), None)

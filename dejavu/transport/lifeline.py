@@ -11,6 +11,7 @@ import mmap
 import os
 import time
 from contextlib import suppress
+from pathlib import Path
 
 MUTEX_BYTES = 64  # at least sizeof(pthread_mutex_t), and sizeof(pthread_mutexattr_t)
 PTHREAD_PROCESS_SHARED = PTHREAD_MUTEX_ROBUST = 1
@@ -94,3 +95,17 @@ class Lifeline:
             mutex.close()
         self.others.clear()
         os.close(self.fd)
+
+
+def process_state(pid: int) -> str:
+    """Give the letter by which Linux calls a process's state; X where there is none of that number."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+    return text.rpartition(")")[2].split()[0]
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of this host runs, and is no zombie."""
+    return process_state(pid) not in "XZ"

@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from signal import SIGKILL
 from typing import Any, NoReturn
 
 from mpi4py import MPI
 
 from dejavu.errors import PeerLostError
+from dejavu.transport.lifeline import is_alive
 
 Intercomm = MPI.Intercomm
 LOOK_EVERY_S = 0.02
@@ -124,12 +124,3 @@ def take(comm: MPI.Intercomm, tag: int) -> Any:
     except MPI.Exception as error:
         raise PeerLostError(f"the process at the other end has died ({error})") from error
     return pickle.loads(data)  # noqa: S301 (the processes of one job trust each other)
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process of this host runs, and is no zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return text.rpartition(")")[2].split()[0] not in "XZ"
