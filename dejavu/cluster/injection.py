@@ -166,7 +166,7 @@ class Injector:
         self.done = self.log.times_done()
 
     def look(self, step: int, now_s: float, find: Callable[[int], tuple[int, int] | None], tokens: int = 0) -> None:
-        """Cause what is due, `find` gives the process that plays a rank, and its pid."""
+        """Cause what is due; `find` gives the process that plays a rank, and its pid."""
         for number, fault in self.faults:
             if not fault.is_due(self.done[number], step, now_s, tokens) or not (found := find(fault.rank)):
                 continue

@@ -122,6 +122,6 @@ def dtype_of(setup: EngineSetup) -> torch.dtype:
 
 
 def make_empty_pool(site: Site) -> Tensor:
-    """Give the pool of a synthetic stage: of no layers."""
+    """Give a pool of no layers: a synthetic stage's, or what stands for one that is made anew with each change."""
     spec, cache, heads = site.setup.spec, site.cache, site.setup.spec.num_kv_heads // site.shard.tp_size
     return torch.zeros((cache.num_blocks, 0, 2, cache.block_size, heads, spec.head_dim), dtype=dtype_of(site.setup))
