@@ -113,13 +113,11 @@ class StoreShelf(Closing):
         self.vault = vault
         self.device = device
         self.stores: dict[str, tuple[str, ReplicaStore]] = {}  # with the keeper's mark
-        self.taken: set[str] = set()
 
     def take(
         self, name: str, layout: PoolLayout, shape: StoreShape, make: Callable[[], ReplicaStore] | None = None
     ) -> ReplicaStore:
         """Give the replica of this name, or what `make` does, by default a new one; the shelf closes it."""
-        self.taken.add(name)
         kept = self.vault.contents()
         if not self.has(name, kept):
             self.drop(name)
@@ -133,7 +131,6 @@ class StoreShelf(Closing):
         kept = self.vault.contents()
         if name in kept and not self.has(name, kept):
             self.take(name, layout, shape)
-            self.taken.discard(name)
 
     def has(self, name: str, kept: Mapping[str, Deposit]) -> bool:
         """Tell whether what is mapped is what the keeper has."""
@@ -144,9 +141,10 @@ class StoreShelf(Closing):
         if name in self.stores:
             self.stores.pop(name)[1].close()
 
-    def drop_untaken(self) -> None:
-        """Let go of those that were prepared and serve nobody here."""
-        for name in set(self.stores) - self.taken:
+    def drop_stale(self) -> None:
+        """Let go of those that the keeper no longer has; the others cost nothing, and a step waits while one goes."""
+        kept = self.vault.contents()
+        for name in [name for name in self.stores if not self.has(name, kept)]:
             self.drop(name)
 
     def close(self) -> None:

@@ -131,11 +131,12 @@ class Participant:
         return self.rehearsal.prepare()
 
     def end_rehearsal(self) -> None:
-        """Give back what was prepared for other places than the one taken."""
-        if self.rehearsal and self.shelf:
+        """Give back what was prepared for other places than the one taken, and replicas that are no more."""
+        if self.rehearsal:
             self.rehearsal.close()
             self.rehearsal = None
-            self.shelf.drop_untaken()
+        if self.shelf:
+            self.shelf.drop_stale()
 
     def enter_device(self) -> Device:
         """Give the device that this process computes on, whatever its rank."""

@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 
-from dejavu.cluster.keeping import RESTART_S, choose_guardian, outlives_worker, take_memory, take_weights
+from dejavu.cluster.keeping import RESTART_S, StoreShelf, choose_guardian, outlives_worker, take_memory, take_weights
 from dejavu.device import Location, open_device
 from dejavu.device.keeper_line import Guardian, end_keeper
 from dejavu.device.vault import Vault
+from dejavu.kv.layout import PoolLayout
+from dejavu.kv.replica import StoreShape
 from dejavu.model.spec import Shard
 from dejavu.model.weight_arena import WeightArena
 from dejavu.model.weights import dummy_stage
@@ -76,6 +78,23 @@ def test_a_successor_finds_weights_and_pool():
             host, _ = take_memory(vault, device, "0.1.0/host", 4096, Location.HOST)
             assert host.location is Location.HOST
             host.close()
+    finally:
+        end_keeper(job)
+
+
+def test_replicas_stay_mapped_as_long_as_they_are_kept():
+    job, described = secrets.token_hex(16), (PoolLayout(4, 0, 2, 4, 0, 2, 8, 4), StoreShape(1, 2, 2))
+    try:
+        with open_device("cpu") as device:
+            vault = Vault(job, Guardian(os.getpid()))
+            with StoreShelf(vault, device) as shelf:
+                stays, goes = shelf.take("stays", *described), shelf.take("goes", *described)
+                vault.drop("goes")
+                shelf.drop_stale()
+                assert shelf.stores.keys() == {"stays"}
+                assert shelf.take("stays", *described) is stays
+                assert shelf.take("goes", *described) is not goes
+            vault.close()
     finally:
         end_keeper(job)
 
