@@ -14,7 +14,7 @@ A figure is a YAML file beside this module:
 
 `value` names a column and the rows that count, of another `table` of the command's last line where it has several;
 `take` (max by default, min, median, first) makes one number of them, and `over` divides by the same column of other
-rows.
+rows. `spread` names the columns of the least and the most that single turns gave.
 """
 
 import statistics
@@ -44,10 +44,11 @@ class Measure:
     value: Mapping[str, Any]
     paper: float | None = None
     better: Literal["higher", "lower", "neither"] = "higher"
+    spread: Sequence[str] = ()
 
     def read(self, tables: Mapping[str, Any]) -> float | None:
-        """Give the number from a command's last line; None where no row fits."""
-        rows = tables[self.value.get("table", "rows")]
+        """Give the number from a command's last line; None where no row fits, or there is no such table."""
+        rows = tables.get(self.value.get("table", "rows"), [])
         column, take = self.value["column"], TAKE[self.value.get("take", "max")]
         numbers = select(rows, self.value.get("where", {}), column)
         if "over" not in self.value:
@@ -56,8 +57,14 @@ class Measure:
         ratios = [a / b for a, b in zip(numbers, others, strict=False) if b]
         return take(ratios) if ratios else None
 
-    def verdict(self, measured: float | None) -> str:
-        """Say how the number stands to the paper's."""
+    def read_spread(self, tables: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Give the least and the most of single turns; None where that is not in the table."""
+        rows, where = tables.get(self.value.get("table", "rows"), []), self.value.get("where", {})
+        ends = [select(rows, where, column) for column in self.spread]
+        return (min(ends[0]), max(ends[1])) if ends and all(ends) else None
+
+    def verdict(self, measured: float | None, spread: tuple[float, float] | None = None) -> str:
+        """Say how the number stands to the paper's, and whether single turns agree."""
         if measured is None:
             return "not measured"
         if self.paper is None:
@@ -65,7 +72,8 @@ class Measure:
         if self.better == "neither":
             return "for comparison"
         reached = measured >= self.paper if self.better == "higher" else measured <= self.paper
-        return "at least as good as the paper's" if reached else "behind the paper's"
+        words = "at least as good as the paper's" if reached else "behind the paper's"
+        return f"{words}; single turns on both sides" if spread and spread[0] < self.paper < spread[1] else words
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +93,12 @@ class FigurePlan:
 
 
 def select(rows: Sequence[Row], where: Mapping[str, Any], column: str) -> list[float]:
-    """Give a column's numbers in the rows that have all the wanted values."""
+    """Give a column's numbers in the rows that have all the wanted values; `a_ms` stands in for an `a_s` in seconds."""
     kept = [row for row in rows if all(row.get(name) == value for name, value in where.items())]
-    return [float(row[column]) for row in kept if row.get(column) not in (None, "")]
+    found = [float(row[column]) for row in kept if row.get(column) not in (None, "")]
+    if found or not column.endswith("_s"):
+        return found
+    return [float(row[other]) / 1e3 for row in kept if row.get(other := column[:-1] + "ms") not in (None, "")]
 
 
 def read_plans(directory: Path = Path(__file__).parent) -> list[FigurePlan]:
@@ -104,3 +115,11 @@ def read_plan(path: Path) -> FigurePlan:
         return FigurePlan(**values, measures=measures)
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} describes no figure ({error}): see another figure-*.yaml") from None
+
+
+def measure_row(plan: FigurePlan, kind: str, measure: Measure, tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the row of one measure, from the tables that a command gave."""
+    ours, spread = measure.read(tables), measure.read_spread(tables)
+    least, most = spread or (None, None)
+    row = {"figure": plan.figure, "machine": kind, "measure": measure.name, "ours": ours, "paper": measure.paper}
+    return row | {"turns_min": least, "turns_max": most, "verdict": measure.verdict(ours, spread)}

@@ -19,6 +19,7 @@ import rich_click as click
 from dejavu.errors import UsageError
 
 from .driver import Row, finish, open_run_directory
+from .plots_serving import plot_slowdown
 
 if TYPE_CHECKING:
     from .serving import Serving
@@ -76,7 +77,9 @@ def command(out: str | None, repeats: int, **options: Any) -> int:
     wrong = sum(row["wrong"] for row in rows)
     error = f"{wrong} bytes of the streamed cache differ from the pool's" if wrong else None
     shown = {**options, "repeats": repeats}
-    return finish(open_run_directory("overhead", out), "overhead", rows, shown, error=error, **facts)
+    directory = open_run_directory("overhead", out)
+    plot_slowdown(rows, directory.path / "overhead.png", f"{settings.model}, {facts['device']}")
+    return finish(directory, "overhead", rows, shown, error=error, **facts)
 
 
 def make_settings(kind: str, options: Row) -> Settings:

@@ -1,4 +1,4 @@
-"""Draw how arrangements serve: latency over the rate of requests, and makespans where all come at once."""
+"""Draw how arrangements serve, latency over the rate of requests and makespans; and what streaming slows serving by."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +9,8 @@ from .plots import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+PHASES = {"prompt": "prompt pass", "token": "token step", "cache": "whole cache"}
 
 
 def plot_serving(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -41,3 +43,28 @@ def plot_latency(rows: Sequence[Row], names: Sequence[str], axes: "Axes") -> Non
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     axes.grid(visible=True, axis="y", alpha=0.25)
+
+
+def plot_slowdown(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Write a PNG: what each level of streaming slows a pass by, in bars, with the least and the most of the turns."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    levels = list(dict.fromkeys(row["optimization"] for row in rows if row["optimization"] != "none"))
+    width = 0.8 / max(len(levels), 1)
+    for index, (level, color) in enumerate(zip(levels, COLORS, strict=False)):
+        own = [row for row in rows if row["optimization"] == level]
+        middles = [row["slowdown_percent"] for row in own]
+        reach = [[m - row["slowdown_min"] for m, row in zip(middles, own, strict=True)]]
+        reach.append([row["slowdown_max"] - m for m, row in zip(middles, own, strict=True)])
+        places = [place + (index - (len(levels) - 1) / 2) * width for place in range(len(own))]
+        axes.bar(places, middles, width * 0.9, color=color, label=level, yerr=reach, ecolor="gray", capsize=3)
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    axes.set_xticks(range(len(phases)), [PHASES[phase] for phase in phases])
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(ylabel="slow-down beside no streaming, %", title=title)
+    axes.grid(visible=True, axis="y", alpha=0.25)
+    axes.legend(fontsize=8, title="streaming")
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -1,7 +1,8 @@
 """Do the paper's figures again, one command after the other, and show ours beside the paper's.
 
 Each figure is described in a YAML file beside this module. A figure's numbers and plot are kept by kind of machine in
-`--into`, so that a run without a GPU leaves the GPU's alone, and the page there is written anew from all of them.
+`--into`, so that a run without a GPU leaves the GPU's alone, and the page there is written anew from all of them. A
+figure whose tables another command made is described by a YAML file there (see `figure_page`), until it is run here.
 """
 
 import json
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ import dejavu
 from dejavu.device import cuda_device_name, num_cuda_devices, why_no_cuda
 from dejavu.errors import UsageError
 from dejavu.measure.environment import cpu_model, git_commit, usable_cores
-from dejavu.measure.render import format_number
 
 from .driver import Row, finish, open_run_directory
-from .figures import FigurePlan, read_plans
+from .figure_page import page_lines
+from .figures import FigurePlan, measure_row, read_plans
 
 START, END = "<!-- figures: written by `dejavu bench reproduce` -->", "<!-- end of figures -->"
 KINDS = ("cpu", "gpu")
@@ -78,10 +79,9 @@ def reproduce(plan: FigurePlan, kind: str, runs: Path, into: Path, timeout_s: fl
     start_s = time.monotonic()
     last, error = run_command(arguments, runs / plan.stem, timeout_s)
     if last is None:
-        return [measure_row(plan, kind, "-", None, None, f"failed: {error}")]
+        return [failed_row(plan, kind, error)]
     keep_files(Path(last.get("run", runs / plan.stem)), into / f"{plan.stem}-{kind}")
-    results = [(m, m.read(last)) for m in plan.measures]
-    rows = [measure_row(plan, kind, m.name, number, m.paper, m.verdict(number)) for m, number in results]
+    rows = [measure_row(plan, kind, measure, last) for measure in plan.measures]
     record = {"command": ["dejavu", *shown], **origin(kind), "rows": rows}
     record["seconds"] = round(time.monotonic() - start_s, 1)
     (into / f"{plan.stem}-{kind}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -120,10 +120,10 @@ def keep_files(run: Path, stem: Path) -> None:
             shutil.copyfile(files[-1], stem.with_name(f"{stem.name}.{suffix}"))
 
 
-def measure_row(plan: FigurePlan, kind: str, name: str, ours: float | None, paper: float | None, verdict: str) -> Row:
-    """Make the row of one measure."""
-    row = {"figure": plan.figure, "machine": kind, "measure": name, "ours": ours, "paper": paper}
-    return row | {"verdict": verdict}
+def failed_row(plan: FigurePlan, kind: str, error: str) -> Row:
+    """Make the row of a figure whose command did not end well."""
+    row = {"figure": plan.figure, "machine": kind, "measure": "-"}
+    return row | dict.fromkeys(("ours", "paper", "turns_min", "turns_max")) | {"verdict": f"failed: {error}"}
 
 
 def origin(kind: str) -> Row:
@@ -142,29 +142,5 @@ def write_page(into: Path) -> None:
         text = text.rstrip("\n") + f"\n\n{START}\n{END}\n"
     before, _, rest = text.partition(START)
     after = rest.partition(END)[2]
-    body = "\n".join(page_lines(into))
+    body = "\n".join(page_lines(read_plans(), into))
     page.write_text(f"{before}{START}\n{body}\n{END}{after}", encoding="utf-8")
-
-
-def page_lines(into: Path) -> Iterator[str]:
-    """Give the page's part about the figures."""
-    yield "\n## The paper's figures, done again\n"
-    for plan in read_plans():
-        records = {kind: into / "figures" / f"{plan.stem}-{kind}.json" for kind in KINDS}
-        found = {kind: json.loads(path.read_text()) for kind, path in records.items() if path.exists()}
-        if not found:
-            continue
-        yield f"### Figure {plan.figure}: {plan.title}\n\nThe paper: {plan.paper}.\n"
-        yield "| what | ours | paper | verdict | machine | date, commit |\n|---|---|---|---|---|---|"
-        for record in found.values():
-            made = f"{record['date']}, {record['commit']}"
-            for row in record["rows"]:
-                ours, paper = (format_number(v) if v is not None else "-" for v in (row["ours"], row["paper"]))
-                yield f"| {row['measure']} | {ours} | {paper} | {row['verdict']} | {record['machine']} | {made} |"
-        for kind, record in found.items():
-            stem = f"figures/{plan.stem}-{kind}"
-            note = plan.runs[kind].get("note", "")
-            table = f", [table]({stem}.csv)" if (into / f"{stem}.csv").exists() else ""
-            yield f"\n`{' '.join(record['command'])}`, {record['seconds']} s{table}. {note}\n"
-            if (into / f"{stem}.png").exists():
-                yield f"![figure {plan.figure}, {kind}]({stem}.png)\n"

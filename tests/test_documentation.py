@@ -28,6 +28,7 @@ PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT /
 RUN_ELSEWHERE = {"planning.md"}  # tests/planning/test_commands.py runs its blocks
 BLOCK = re.compile(r"(?:^<!-- (?P<marker>\w+):[^\n]*-->\n)?^```sh\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`(dejavu [^`]+)`(?!`)")
+PUBLISHED = sorted((ROOT / "results" / "published").glob("*.md"))
 MARKERS = {None, "make", "checked"}  # run; print what make would do; check the options only, as running takes too long
 
 
@@ -116,7 +117,7 @@ def test_every_block_of_commands_is_found(page):
     assert len(blocks(page)) == page.read_text(encoding="utf-8").count("```sh\n")
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "results" / "published" / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *PUBLISHED], ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_commands_in_sentences_are_there(page):
     """What stands in a sentence may have words such as NAME for values; commands and options have to exist."""
     for text in INLINE.findall(page.read_text(encoding="utf-8")):
@@ -169,10 +170,17 @@ def test_every_column_of_the_summary_is_explained_in_order():
     assert [name.replace("stageN", "stage0") for name in table_names("summary.csv")] == list(columns)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
-def test_links_between_files_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "notes.md", *PUBLISHED], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+        assert not anchor or anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def anchors(page):
+    """Give the names by which GitHub lets links point to a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 @pytest.mark.parametrize("name", data_names("launch", ".yaml"))

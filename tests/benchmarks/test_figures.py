@@ -42,12 +42,22 @@ def test_number_of_another_table():
     assert measure.read({"rows": ROWS, "latency": [{"failure_ratio": 1.5}, {"failure_ratio": None}]}) == 1.5
 
 
+def test_milliseconds_stand_in_for_seconds():
+    assert Measure("a", {"column": "recovery_s"}).read({"rows": [{"recovery_ms": 906.6}]}) == pytest.approx(0.9066)
+
+
+def test_table_that_is_missing_has_no_number():
+    assert value(table="latency").read({"rows": ROWS}) is None
+
+
 def test_verdict_knows_which_way_is_better():
     faster, slower = Measure("a", {}, 1.88), Measure("a", {}, 1.24, "lower")
     assert faster.verdict(1.9).startswith("at least")
     assert faster.verdict(1.8).startswith("behind")
     assert slower.verdict(1.05).startswith("at least")
     assert slower.verdict(None) == "not measured"
+    assert faster.verdict(1.9, (1.7, 2.0)) == "at least as good as the paper's; single turns on both sides"
+    assert faster.verdict(1.9, (1.89, 2.0)) == "at least as good as the paper's"
     assert Measure("a", {}, 1.24, "neither").verdict(9.9) == "for comparison"
 
 
@@ -80,7 +90,36 @@ def test_page_has_both_kinds_of_machine_beside_each_other(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Ours\n\nbefore\n")
     assert text.count("### Figure 8") == 1
-    assert "| a ratio | 1.44 | 2.00 | for comparison | a processor | 2026-11-23, abc1234 |\n| a ratio | 1.20 |" in text
+    assert "| a ratio | GPUs | 1.20 | 2.00 | for comparison |\n| a ratio | CPU cores | 1.44 | 2.00 |" in text
+    assert "**CPU cores**: a processor, 2026-11-23, commit abc1234, 3 s.\n`dejavu x`" in text
+
+
+def test_numbers_of_another_commands_table_are_on_the_page(tmp_path):
+    (tmp_path / "figures").mkdir()
+    columns = "phase,optimization,model,slowdown_percent,slowdown_min,slowdown_max"
+    (tmp_path / "cost.csv").write_text(
+        f"{columns}\nprompt,full,small,1.5,-0.5,3\nprompt,full,large,0.5,0.25,1\ntoken,full,large,2.5,2.25,3\n"
+    )
+    described = {"command": "dejavu y", "machine": "a GPU", "date": "2026-11-22", "commit": "1234567"}
+    table = {"file": "../cost.csv", "where": {"model": "large"}}
+    path = tmp_path / "figures" / "figure-7-gpu.yaml"
+    path.write_text(json.dumps({**described, "tables": {"rows": table}}))
+    call("--into", str(tmp_path), "--page")
+    text = (tmp_path / "README.md").read_text()
+    assert "prompt pass, fully optimised, % | GPUs | 0.500 (0.250 to 1.00) | 2.00 | at least as good as" in text
+    assert "token step, fully optimised, % | GPUs | 2.50 (2.25 to 3.00) | 2.00 | behind the paper's |" in text
+    assert "**GPUs**: a GPU, 2026-11-22, commit 1234567, [table](cost.csv).\n`dejavu y`" in text
+    assert "copy per piece, % | GPUs" not in text, "what the table does not have is left out"
+    write_figure(tmp_path, "figure-7", "gpu", "a GPU", 3.0)  # since then it was run here
+    call("--into", str(tmp_path), "--page")
+    assert "| a ratio | GPUs | 3.00 |" in (tmp_path / "README.md").read_text()
+
+
+def test_damaged_description_of_a_table_is_named(tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "figure-7-gpu.yaml").write_text("command: x\n")
+    with pytest.raises(ConfigError, match="describes no measured figure"):
+        call("--into", str(tmp_path), "--page")
 
 
 @pytest.mark.parametrize("flags", [[], ["--gpu"]])
