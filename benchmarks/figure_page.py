@@ -114,12 +114,15 @@ def read_own(plan: FigurePlan, kind: str, path: Path) -> Made:
     record = json.loads(path.read_text(encoding="utf-8"))
     table, picture = (path.with_suffix(f".{suffix}") for suffix in ("csv", "png"))
     return Made(
-        " ".join(record["command"]),
-        *(record[name] for name in ("machine", "date", "commit", "rows")),
-        plan.runs[kind].get("note", "") if kind in plan.runs else "",
-        [f"figures/{table.name}"] if table.exists() else [],
-        f"figures/{picture.name}" if picture.exists() else None,
-        record["seconds"],
+        command=" ".join(record["command"]),
+        machine=record["machine"],
+        date=record["date"],
+        commit=record["commit"],
+        rows=record["rows"],
+        note=plan.runs[kind].get("note", "") if kind in plan.runs else "",
+        tables=[f"figures/{table.name}"] if table.exists() else [],
+        picture=f"figures/{picture.name}" if picture.exists() else None,
+        seconds=record["seconds"],
     )
 
 
@@ -129,10 +132,16 @@ def read_described(plan: FigurePlan, kind: str, path: Path) -> Made:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
         tables = {name: read_rows(path.parent, table) for name, table in record["tables"].items()}
         rows = [measure_row(plan, kind, measure, tables) for measure in plan.measures]
-        files = [beside_page(table["file"]) for table in record["tables"].values()]
-        picture = beside_page(record["picture"]) if "picture" in record else None
-        made = (str(record[name]) for name in ("command", "machine", "date", "commit"))
-        return Made(*made, [row for row in rows if row["ours"] is not None], record.get("note", ""), files, picture)
+        return Made(
+            command=record["command"],
+            machine=record["machine"],
+            date=str(record["date"]),
+            commit=str(record["commit"]),
+            rows=[row for row in rows if row["ours"] is not None],
+            note=record.get("note", ""),
+            tables=[beside_page(table["file"]) for table in record["tables"].values()],
+            picture=beside_page(record["picture"]) if "picture" in record else None,
+        )
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} describes no measured figure ({error}): see another figure-*.yaml there") from None
 

@@ -31,7 +31,7 @@ SWEEP_COLUMNS = {
     "batch": "batch",
     "makespan_s": "makespan, s",
     "cost": "cost",
-    "speedup": "speed-up",
+    "speedup": "speedup",
 }
 
 

@@ -9,7 +9,7 @@ from dejavu.planning.sweep import KINDS, SweepRow
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FIGURES = {"makespan_s": "makespan, s", "cost": "cost"}
+FIGURES = {"makespan_s": "makespan, s", "cost": "cost of the machine-hours"}
 
 
 def best_rows(rows: Sequence[SweepRow]) -> list[SweepRow]:
