@@ -36,7 +36,10 @@ Side = TypeVar("Side", Outgoing, Incoming)
 
 
 class Wire(Closing):
-    """Move notes and chunks to and from other ranks. `lost` names the peers that are gone, and why."""
+    """Move notes and chunks to and from other ranks. `lost` names the peers that are gone, and why.
+
+    Those that `left` have closed their carriers: what they sent still comes, but they answer nothing.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -44,6 +47,7 @@ class Wire(Closing):
         self.longest_nap_s = 2e-3  # while transfers are under way
         self.idle_nap_s: float | None = None  # without any; None where the wire can always wake the thread
         self.lost: dict[int, str] = {}
+        self.left: set[int] = set()
         self.users: Counter[int] = Counter()  # transfers under way, by peer
         self.deliver: Callable[[int, Note], None] = lambda peer, note: None  # these two are the carrier's
         self.find: Callable[[int, int], Incoming | None] = lambda peer, number: None
@@ -318,7 +322,7 @@ class LinkCarrier(Carrier):
     def _withdraw(self, parcel: Side, is_over: Callable[[], bool], step: Callable[[Side], bool]) -> Steps:
         end_s = time.monotonic() + WITHDRAW_S
         while not is_over():
-            if parcel.peer in self.wire.lost or time.monotonic() > end_s:
+            if parcel.peer in self.wire.lost or parcel.peer in self.wire.left or time.monotonic() > end_s:
                 self.wire.abandon(parcel)
                 break
             yield step(parcel)
@@ -349,6 +353,8 @@ class LinkCarrier(Carrier):
             self._take_go(self._incoming[at], note)
         elif note.kind is Kind.STOP and at in self._incoming:
             take_stop(self._incoming[at], note)
+        elif note.kind is Kind.GOODBYE:
+            self.wire.left.add(peer)
 
     def _take_go(self, parcel: Incoming, note: Note) -> None:
         if not parcel.is_going:

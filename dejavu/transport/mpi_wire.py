@@ -9,7 +9,7 @@ from mpi4py import MPI
 from dejavu.errors import DeadlineError
 from dejavu.transport.carrier import UnavailableError
 from dejavu.transport.link import Wire
-from dejavu.transport.notes import NOTE_BYTES, Note, unpack_note
+from dejavu.transport.notes import NOTE_BYTES, Kind, Note, unpack_note
 from dejavu.transport.waiting import LONGEST_S, Doorbell, Patience, new_job_name
 
 NOTE_TAG = 1
@@ -89,6 +89,7 @@ class MpiWire(Wire):
         if self.meet():
             self.free()
         else:
+            self.say_goodbye()
             self.forsake()
         self.doorbell.close()
 
@@ -104,6 +105,12 @@ class MpiWire(Wire):
         except (MPI.Exception, DeadlineError):
             return False
         return True
+
+    def say_goodbye(self) -> None:
+        """Tell those that may wait for an answer that none will come: nothing else does, as this rank lives on."""
+        for peer in range(self.size):
+            if peer != self.rank:
+                self.post(peer, Note(Kind.GOODBYE, 0))
 
     def free(self) -> None:
         """Free what every rank frees."""

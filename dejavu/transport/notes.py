@@ -21,6 +21,7 @@ class Kind(IntEnum):
     CANCEL = 4  # receiver: send no more
     STOP = 5  # sender: `value` chunks were sent, no more will be
     DATA = 6  # sender: chunk `value` of `nbytes` bytes follows (tcp)
+    GOODBYE = 7  # either: it answers nothing any more, for a rank was lost (mpi, rma, nccl)
 
 
 @dataclass(frozen=True, slots=True)

@@ -396,6 +396,16 @@ def test_a_rank_that_never_answers_a_cancel_is_given_up(ends, monkeypatch):
     assert ends.next_note(1).kind is Kind.CANCEL
 
 
+def test_a_rank_that_has_closed_is_not_waited_for(ends):
+    transfer, number = ends.receive(1)
+    ends.say(1, Note(Kind.GO, number, nbytes=1000), Note(Kind.GOODBYE, 0))
+    started = time.monotonic()
+    transfer.cancel()
+    with pytest.raises(TransferError, match="cancelled"):
+        transfer.wait(5)
+    assert time.monotonic() - started < link.WITHDRAW_S / 2
+
+
 def test_an_idle_carrier_sleeps(ends):
     time.sleep(0.1)
     before = time.process_time()
