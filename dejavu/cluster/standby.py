@@ -15,8 +15,12 @@ from dejavu.engine.setup import EngineSetup
 from dejavu.errors import PeerLostError
 from dejavu.topology import CONTROLLER
 from dejavu.transport.mpi import Channel
+from dejavu.transport.registry import LINK_MODULES
 
-WARM_MODULES = ("dejavu.model.decoder", "dejavu.model.sampling", "dejavu.model.weights", "dejavu.transport.registry")
+WARM_MODULES = (
+    *("dejavu.model.decoder", "dejavu.model.sampling", "dejavu.model.weights", "safetensors"),
+    *("dejavu.transport.registry", *LINK_MODULES),
+)
 
 
 @dataclass(frozen=True, slots=True)

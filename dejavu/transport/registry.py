@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 STORES = ("local", "disk")
 LINKS = ("ipc", "nccl", "mpi", "rma", "tcp")
 NAMES = (*LINKS, *STORES)
+LINK_MODULES = tuple(f"dejavu.transport.{name}" for name in ("ipc", "nccl", "mpi_carrier", "rma", "tcp"))  # on demand
 SECRET = "DEJAVU_TCP_SECRET"  # noqa: S105 (the name of the variable: 64 hexadecimal digits that the launcher makes)
 INTERFACE = "DEJAVU_TCP_INTERFACE"
 

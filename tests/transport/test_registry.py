@@ -14,11 +14,17 @@ from dejavu.transport.carrier import UnavailableError
 from dejavu.transport.registry import LINKS, NAMES, available, open_carrier, read_secret
 
 TWO_RANKS = """
+import importlib
 import json
+import sys
 from mpi4py import MPI
 from dejavu.device import make_pieces, open_device
 from dejavu.transport.carrier import UnavailableError
-from dejavu.transport.registry import LINKS, available, open_carrier
+from dejavu.transport.registry import LINK_MODULES, LINKS, available, open_carrier
+
+for name in LINK_MODULES:
+    importlib.import_module(name)
+before = set(sys.modules)
 
 comm, device = MPI.COMM_WORLD, open_device("cpu")
 answer = {"available": available(device, comm), "moved": []}
@@ -35,6 +41,7 @@ for name in LINKS:
             assert (memory.tensor() == 1).all()
             answer["moved"].append(carrier.name)
             comm.Barrier()
+answer["imported"] = sorted(name for name in set(sys.modules) - before if name.startswith("dejavu"))
 print("ANSWER " + json.dumps(answer))
 """
 
