@@ -153,8 +153,15 @@ class Participant:
     def join_keeper(self) -> Vault | None:
         """Give what leads to this host's keeper; synthetic stages have no memory to keep."""
         if not self.vault and not self.setup.config.synthetic:
-            self.vault = self.stack.enter_context(open_vault(self.setup))
+            self.vault = open_vault(self.setup)
+            self.stack.push(self.leave_keeper)
         return self.vault
+
+    def leave_keeper(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        """Leave, unless the run is lost and is started again: the keeper ends with the last who leaves."""
+        assert self.vault
+        if not (isinstance(error, PeerLostError) and self.setup.config.on_failure != "abort"):
+            self.vault.close()
 
     def lay_tripwire(self, worker: Worker, clock: RunClock) -> None:
         """Let this worker fail where it was asked to."""

@@ -240,13 +240,14 @@ def test_fail_inject_compares_with_a_run_without_failure(tmp_path):
 
 
 def test_lost_run_is_started_again_where_it_was(base, expected, tmp_path):
-    """By the supervisor, with what the keeper has kept of KV and weights."""
+    """By the supervisor, with what the keeper has kept of KV and weights: it outlives ranks that end in good order."""
     _, arguments = base
-    faults = [Fault(2, "kill", step=5)]
+    faults = [Fault(0, "kill", step=5)]
     done = serve(tmp_path / "run", *arguments, "--pp", 2, "--on-failure", "respawn", faults=faults)
     said = f"{done.stdout}\n{done.stderr}"
     assert done.returncode == 0, said
     assert said.count("starting it again where it was") == 1
+    assert "requests go on where they were: 0 prompts computed again" in said
     assert read_outputs(tmp_path / "run") == expected
     assert done.left == []
 
