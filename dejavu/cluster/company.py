@@ -124,7 +124,7 @@ class WorkerCompany(Rounds):
             for line in describe_links(ready):
                 self.controller.announce(line)
             if not self.continues:
-                self.controller.clock = RunClock.start()
+                self.controller.start_clock()
                 self.controller.journal.note("start", self.controller.clock.origin_s)
         self.gathered_epoch = self.channel.membership.epoch
         share_clock(self.channel, ranks, self.controller.clock)

@@ -215,6 +215,12 @@ class Controller:
         self.say(self.failures.close_finished(self.clock.now_s()))
         return repeated
 
+    def start_clock(self) -> None:
+        """Begin to count the run's seconds; failures so far came before."""
+        clock = RunClock.start()
+        self.failures.shift(self.clock.origin_s - clock.origin_s)
+        self.clock = clock
+
     def say(self, lines: Iterable[str]) -> None:
         """Tell the user of failures that are over."""
         for line in lines:

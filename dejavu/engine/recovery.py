@@ -63,13 +63,18 @@ class Outage:
 
 def describe(record: FailureRecord, successor: int | None, kept_bytes: int) -> str:
     """Say in one line who died, who takes over, what was restored, and how long it took."""
-    how = "died" if record.kind == "death" else "stood still and was ended"
-    who = f"{record.target} (rank {record.rank}) {how}, seen at {record.detected_s:.2f} s"
+    seen = f"at {record.detected_s:.2f} s" if record.detected_s >= 0 else f"{-record.detected_s:.2f} s before serving"
+    who = f"{who_died(record.target, record.rank, record.kind)}, seen {seen}"
     if successor is None:
         whose = "nobody needs to take over" if record.target == "spare" else "its place is taken"
         return f"{who}: {whose}, serving went on after {1e3 * record.recovery_s:.0f} ms"
     said = [f"rank {successor} takes over", *restoration(record, kept_bytes)]
     return f"{who}: {'; '.join(said)}; serving again after {1e3 * record.recovery_s:.0f} ms"
+
+
+def who_died(target: str, process: int, kind: Literal["death", "hang"]) -> str:
+    """Say who is lost, and how: `target` says in words what it did."""
+    return f"{target} (rank {process}) {'died' if kind == 'death' else 'stood still and was ended'}"
 
 
 def restoration(record: FailureRecord, kept_bytes: int) -> list[str]:
@@ -117,6 +122,11 @@ class FailureBook:
         self.records += records
         unfinished = [record for record in records if isnan(record.resumed_s)]
         self.open += [Outage([record], set(stalled), (None,)) for record in unfinished]
+
+    def shift(self, seconds: float) -> None:
+        """Count from another start of the run on, by which all times so far are so much later."""
+        for record in self.records:
+            record.shift(seconds)
 
     def resume(self, outage: Outage, gathered: Gathered, repeated: Repeated, restored_s: float) -> None:
         """Note what it takes to go on."""

@@ -7,7 +7,10 @@ from typing import Literal
 
 @dataclass(slots=True)
 class FailureRecord:
-    """Time one rank's failure and the recovery from it; seconds after the run's start, NaN for what never happened."""
+    """Time one rank's failure and the recovery from it.
+
+    Seconds after the run's start, negative where ranks were still loading; NaN for what never happened.
+    """
 
     failure_id: int
     target: str  # what the rank did, in words
@@ -23,6 +26,13 @@ class FailureRecord:
     tokens_replayed: int = 0
     prompts_recomputed: int = 0
     bytes_restored: int = 0
+
+    def shift(self, seconds: float) -> None:
+        """Add to all times so far."""
+        self.injected_s += seconds
+        self.detected_s += seconds
+        self.rebuilt_s += seconds
+        self.restored_s += seconds
 
     def resume(self, time_s: float) -> None:
         """Note that nobody waits any more."""

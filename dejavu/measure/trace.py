@@ -225,7 +225,7 @@ def failure_events(failure: FailureRecord) -> Iterator[Event]:
     for name, moment_s in moments.items():
         if not math.isnan(moment_s):
             mark = {"ph": "i", "s": "g", "pid": CONTROLLER, "tid": 0, "cat": "failure"}
-            yield mark | {"name": name, "ts": to_us(moment_s)}
+            yield mark | {"name": name, "ts": to_us(max(0.0, moment_s))}  # the trace begins with serving
 
 
 def name_event(what: str, rank: int, tid: int, name: str, order: int) -> list[Event]:
