@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from dejavu.cluster.launcher import JOB
+from dejavu.cluster.launcher import JOB, RANK_VARIABLES
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SEGMENTS = "sm_segment.*"  # what Open MPI names its ranks' shared memory
@@ -31,6 +31,23 @@ def job_processes(job: str) -> list[int]:
             if mark in (path / "environ").read_bytes().split(b"\0"):
                 found.append(int(path.name))
     return found
+
+
+def child_ranks(mpirun_pid: int) -> set[int]:
+    """Find the ranks that an mpirun has started on its own host, by its children; zombies among them."""
+    found = set()
+    for path in Path(f"/proc/{mpirun_pid}/task").glob("*/children"):
+        with suppress(*GONE):
+            found |= {int(child) for child in path.read_text().split() if is_rank(int(child))}
+    return found
+
+
+def is_rank(process: int) -> bool:
+    """Tell whether mpirun has started a process as a rank."""
+    with suppress(*GONE):
+        entries = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        return not {entry.partition(b"=")[0].decode() for entry in entries}.isdisjoint(RANK_VARIABLES)
+    return False
 
 
 def kill_job(job: str, timeout_s: float = 2.0) -> int:

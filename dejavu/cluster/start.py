@@ -1,5 +1,6 @@
 """Run one rank of `dejavu serve`, inside mpirun."""
 
+import faulthandler
 import os
 import sys
 import time
@@ -40,14 +41,13 @@ from dejavu.transport.mpi import Channel
 
 STATUS_EVERY_S = 0.2
 REFILL_EVERY_S = 0.05
+START_S = 300.0  # that ranks may take to meet
 JOURNAL = "journal.jsonl"
 
 
 def run_rank(config: ServeConfig) -> int:
     """Meet the other ranks, and be rank 0, which serves, or a worker; give the exit code."""
-    from mpi4py import MPI
-
-    channel = Channel(MPI.COMM_WORLD, config.stall_timeout)
+    channel = meet_all(config)
     try:
         code = serve(channel, config) if channel.rank == CONTROLLER else work(channel)
     except PeerLostError as error:
@@ -56,6 +56,16 @@ def run_rank(config: ServeConfig) -> int:
         raise
     part(channel, code)
     return code
+
+
+def meet_all(config: ServeConfig) -> Channel:
+    """Start MPI together with all other ranks; where one does not come, end this process, with a traceback."""
+    faulthandler.dump_traceback_later(START_S, exit=True)  # MPI's start can be interrupted by nothing less
+    from mpi4py import MPI
+
+    channel = Channel(MPI.COMM_WORLD, config.stall_timeout)
+    faulthandler.cancel_dump_traceback_later()
+    return channel
 
 
 def part(channel: Channel, code: int) -> None:

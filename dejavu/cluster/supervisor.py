@@ -15,7 +15,7 @@ from functools import partial
 from types import FrameType
 
 from dejavu.cluster.launcher import JOB, RESUME, Launch
-from dejavu.cluster.leftovers import job_processes, kill_job, remove_session_files
+from dejavu.cluster.leftovers import child_ranks, job_processes, kill_job, remove_session_files
 from dejavu.cluster.noise import BoilerplateFilter, Lines
 from dejavu.cluster.process import JobResult, read_result, set_parent_death_signal
 from dejavu.cluster.progress import Display, read_status
@@ -84,6 +84,8 @@ class Supervisor:
         self.process: subprocess.Popen[bytes] | None = None
         self.started = time.time()
         self.is_lost = False  # ended without a result, and nobody has asked for that
+        self.ranks: set[int] = set()  # processes seen on this host while the job was starting
+        self.incomplete_s = 0.0  # since when one of them has been missing
 
     def run(self) -> JobResult:
         """Start the job, watch it to its end, and give its result."""
@@ -126,12 +128,22 @@ class Supervisor:
             if now < status_due:
                 continue
             status_due = now + STATUS_EVERY_S
-            self.display.update(read_status(self.directory))
-            result = read_result(self.directory)
+            status, result = read_status(self.directory), read_result(self.directory)
+            self.display.update(status)
+            if status.state == "starting" and not result and self.cannot_start(now):
+                self.stop(FAILED_GRACE_S)
             known_since = (known_since or now) if result else 0.0
             if result and (now - known_since > LINGER_S[result.outcome] or self.is_deserted):
                 self.stop(FAILED_GRACE_S)
         self.drain(DRAIN_S)
+
+    def cannot_start(self, now: float) -> bool:
+        """Tell whether a rank of this host died before all had met, in MPI's start: the others wait for it for ever."""
+        assert self.process
+        here = child_ranks(self.process.pid)
+        self.ranks |= here
+        self.incomplete_s = (self.incomplete_s or now) if self.ranks - here else 0.0
+        return self.incomplete_s > 0.0 and now - self.incomplete_s > FAILED_GRACE_S
 
     @property
     def is_deserted(self) -> bool:
@@ -190,6 +202,8 @@ class Supervisor:
         for line in self.filter.withheld:
             self.show(line, error=True)
         self.is_lost = True
+        if self.incomplete_s:
+            return JobResult("error", 1, "a rank died before all had started: look for its last words above")
         code = self.process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return JobResult("error", 1, f"the job ended without a result (mpirun: {how})")
@@ -200,7 +214,7 @@ class Supervisor:
         if self.process is None or read_result(self.directory) or read_status(self.directory).state != "starting":
             return False
         said = any("listener thread failed" in line for line in [*self.tail, *self.filter.withheld])
-        return said or self.process.returncode == LAUNCH_FAILED
+        return said or self.process.returncode == LAUNCH_FAILED or self.incomplete_s > 0.0
 
     def stop(self, grace_s: float) -> None:
         """End mpirun, which ends its ranks: ask it, then kill all after `grace_s` or at a second signal."""
@@ -252,7 +266,7 @@ def run_job(launch: Launch, directory: RunDirectory, display: Display, *, restar
         supervisor = Supervisor(launch, directory, display)
         result = supervisor.run()
         if supervisor.launch_failed:
-            display.write("mpirun could not start the ranks: trying once more", error=True)
+            display.write(f"mpirun could not start the ranks ({result.error}): trying once more", error=True)
             supervisor = Supervisor(launch, directory, display)
             result = supervisor.run()
         again = replace(launch, environment={**launch.environment, RESUME: "1"})

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dejavu.cluster import supervisor
 from dejavu.cluster.launcher import Launch, Terminal, build_launch, find_mpirun
 from dejavu.cluster.leftovers import job_processes, kill_job, remove_session_files
 from dejavu.cluster.progress import QuietDisplay
@@ -90,6 +91,22 @@ def test_job_without_a_result_has_failed_and_says_all_it_knows(tmp_path):
     assert result.exit_code == 1
     assert "without a result" in result.error
     assert any("exited on signal 9" in line for line in job.display.err)
+
+
+def test_rank_that_dies_before_all_have_met_ends_the_job(tmp_path, monkeypatch):
+    """The others wait in MPI's start for ever; helpers of mpirun may come and go."""
+    monkeypatch.setattr(supervisor, "FAILED_GRACE_S", 0.3)
+    rank = "OMPI_COMM_WORLD_RANK={} sleep {} &"
+    job = Job(tmp_path, f"{rank.format(0, 100)} {rank.format(1, 0.5)} sleep 0.1; wait")
+    started = time.monotonic()
+    result = run_job(job.launch, job.directory, job.display)
+    assert time.monotonic() - started < 10
+    assert "a rank died before all had started" in result.error
+    assert sum("trying once more" in line for line in job.display.err) == 1
+    assert ended(job.mark)
+    (tmp_path / "other").mkdir()
+    slow = Job(tmp_path / "other", f"{rank.format(0, 1)} sleep 0.1; sleep 1; wait; {result_command()}")
+    assert slow.run().ok
 
 
 def test_progress_comes_from_the_status_file(tmp_path):
