@@ -182,6 +182,9 @@ class ServeConfig(BaseModel):
     stall_timeout: float = option(
         60.0, "Run", "Seconds without any progress after which the run ends with an error.", gt=0
     )
+    trace_spans: Count = option(
+        100_000, "Run", "Passes, transfers and requests that trace.json has at most, of each the newest so many."
+    )
 
     @model_validator(mode="after")
     def check_pipelines(self) -> "ServeConfig":

@@ -329,7 +329,10 @@ def make_worker(
     )
     unseen = UnseenTokens()
     place = pipeline.first_stage + stage_index, tp_rank
-    flights = Flights(site.channel.rank, place, clock.now_s, links.check, holdings.steps, tell=site.tell_busy)
+    flights = Flights(site.channel.rank, place, clock.now_s, links.check, site.recorder)
+    flights.tell = partial(tell_progress, site, mover, clock)
+    if swap:
+        flights.stall_ms = swap.mover.take_stall_ms
     source: Source = Upstream(site.channel, mover, flights)
     if leads_first:
         source = Scheduled(site.channel, mover, flights, scheduler, clock.now_s)
@@ -348,6 +351,13 @@ def make_worker(
         followers=[*peers, *next_rank],
         peers=peers,
     )
+
+
+def tell_progress(site: Site, mover: Mover, clock: RunClock, compute_s: float) -> None:
+    """Tell the controller how long this rank computed lately, and let its records outlive it."""
+    site.tell_busy(compute_s)
+    site.recorder.add_transfers(mover.take_transfers(site.channel.rank, clock.at_s))
+    site.recorder.flush()
 
 
 def make_timeline(site: Site, clock: RunClock) -> Timeline:

@@ -3,7 +3,8 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from dejavu.cluster.site import Holdings, Site, dtype_of, make_empty_pool, rank_
 from dejavu.cluster.stores import remove_store
 from dejavu.device.base import Device
 from dejavu.device.vault import Vault
-from dejavu.engine.messages import Ready, Report
+from dejavu.engine.messages import Ready, RecordChunk, Report
 from dejavu.engine.ring import memory_prefixes
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.worker import Worker
 from dejavu.errors import CapacityError, PeerLostError, TransferError
 from dejavu.measure.clock import RunClock
 from dejavu.measure.cpu import CpuMeter
+from dejavu.measure.recorder import MemoryRecorder, Recorder
 from dejavu.topology import CONTROLLER, Placement
 from dejavu.transport.mpi import Channel
 from dejavu.transport.nccl_group import missing
@@ -68,8 +70,12 @@ class Participant:
     `stack` gives back at the end what is held: the device, weights, and KV memory.
     """
 
-    def __init__(self, channel: Channel, setup: EngineSetup, stack: ExitStack) -> None:
+    def __init__(
+        self, channel: Channel, setup: EngineSetup, stack: ExitStack, recorder: Recorder | None = None
+    ) -> None:
+        """Note passes and transfers with the `recorder`, which is closed by `stack`; without one, in memory."""
         self.channel = channel
+        self.recorder = stack.enter_context(closing(recorder or MemoryRecorder()))
         self.setup = setup
         self.stack = stack
         self.device: Device | None = None
@@ -91,7 +97,8 @@ class Participant:
         self.set_threads()
         with ExitStack() as ties, named_memory_errors(channel), suspecting(self.setup):
             device = self.enter_device()
-            site = Site(channel, self.setup, placement, device, self.join_keeper(), self.open_shelf())
+            recorder = self.recorder
+            site = Site(channel, self.setup, placement, device, self.join_keeper(), self.open_shelf(), recorder)
             links = open_links(site, ties)
             holdings = self.holdings = self.hold(site, links)
             swap = make_swap(site, holdings, ties) if site.cache.is_swapped else None
@@ -104,15 +111,23 @@ class Participant:
             holdings.has_kv, holdings.kept_bytes = swap is None or holdings.flushed is not None, 0
             clock = join_clock(channel)
             worker = make_worker(site, holdings, swap, mover, links, clock)
+            ties.callback(lambda: recorder.add_transfers(mover.take_transfers(channel.rank, clock.at_s)))
             self.lay_tripwire(worker, clock)
             worker.run()
-            report = Report(holdings.steps, holdings.meter.read(), worker.flights.host_us_per_step)
-            report = mover.report(report, channel.rank, clock.at_s)
+            report = Report(recorder.steps, holdings.meter.read(), worker.flights.host_us_per_step)
+            recorder.add_transfers(mover.report(report, channel.rank, clock.at_s).transfers)
+            self.hand_in()
             if site.vault:  # the run is over: the job's next engine must not take this one's memory for its own
                 for prefix in memory_prefixes(placement):
                     site.vault.drop(prefix)
                 remove_store(self.setup, placement)
-            channel.send(CONTROLLER, report)
+            channel.send(CONTROLLER, replace(report, transfers=recorder.transfers))
+
+    def hand_in(self) -> None:
+        """Bring all records to where they stay; those that only this host sees go to the controller."""
+        self.recorder.flush()
+        for chunk in self.recorder.chunks():
+            self.channel.send(CONTROLLER, RecordChunk(*chunk))
 
     def set_threads(self) -> None:
         """Take this process's share of the host's cores."""

@@ -16,7 +16,7 @@ from dejavu.kv.flushed import FlushedRows
 from dejavu.kv.layout import PoolLayout, RowMap
 from dejavu.kv.side import RankCache
 from dejavu.measure.cpu import CpuMeter
-from dejavu.measure.records import StepRecord
+from dejavu.measure.recorder import MemoryRecorder, Recorder
 from dejavu.model.spec import Shard
 from dejavu.topology import CONTROLLER, Pipeline, Placement, Role
 from dejavu.transport.mpi import Channel
@@ -32,6 +32,7 @@ class Site:
     device: Device
     vault: Vault | None  # synthetic stages have nothing to keep
     shelf: StoreShelf | None = None  # of replicas; there where a worker is
+    recorder: Recorder = field(default_factory=MemoryRecorder)
 
     @property
     def shard(self) -> Shard:
@@ -70,7 +71,7 @@ class Site:
 
 @dataclass(slots=True)
 class Holdings:
-    """Hold what a worker keeps when another rank dies: its part of the model, KV memory, and what it has recorded.
+    """Hold what a worker keeps when another rank dies: its part of the model, and KV memory.
 
     The pool is `memory` as [block, layer, k/v, token, kv_head, head_dim]: zeros, or with `has_kv` what this place's
     last process or epoch left there. Synthetic stages have none; of swapped KV `memory` is all of it, on the host, and
@@ -85,7 +86,6 @@ class Holdings:
     has_kv: bool = False
     kept_bytes: int = 0
     flushed: FlushedRows | None = None
-    steps: list[StepRecord] = field(default_factory=list)
 
 
 def pool_layout(setup: EngineSetup, placement: Placement) -> PoolLayout:

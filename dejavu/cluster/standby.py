@@ -1,18 +1,22 @@
 """What every rank but the controller does from the start of a run to its end, whatever it comes to be meanwhile."""
 
 import importlib
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from dejavu.cluster.company import Rounds
+from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.muster import Lost
 from dejavu.cluster.participant import Participant
 from dejavu.engine.messages import Farewell, Ready, Rehearse
 from dejavu.engine.recovery import Death
 from dejavu.engine.setup import EngineSetup
 from dejavu.errors import PeerLostError
+from dejavu.measure.recorder import FileRecorder
 from dejavu.topology import CONTROLLER
 from dejavu.transport.mpi import Channel
 from dejavu.transport.registry import LINK_MODULES
@@ -39,7 +43,7 @@ def stand_by(channel: Channel, setup: EngineSetup, lost: Lost | None = None) -> 
     """
     rounds = Rounds(channel, setup, lost or ())
     with ExitStack() as stack:
-        participant = Participant(channel, setup, stack)
+        participant = Participant(channel, setup, stack, FileRecorder(Path(os.environ[RUN_DIR])))
         if channel.rank >= setup.topology.first_spare:
             warm_up()
             participant.enter_device()

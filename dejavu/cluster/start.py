@@ -30,6 +30,7 @@ from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import CacheSize, check_host_memory, describe_capacity
 from dejavu.errors import PeerLostError, RunLostError, UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
+from dejavu.measure.parts import keep_chunk, read_steps, read_transfers, remove_parts
 from dejavu.measure.records import RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
 from dejavu.measure.summary import Limits, Summary
@@ -173,6 +174,7 @@ def lead(channel: Channel, job: Job, directory: RunDirectory, inheritance: Inher
     past = inheritance.past if inheritance else None
 
     def drive(controller: Controller) -> list[Completion]:
+        controller.keep_chunk = lambda chunk: keep_chunk(directory.path, chunk.name, chunk.offset, chunk.data)
         return serve_all(controller, job, directory, past)
 
     with watching(channel, job.setup.config):
@@ -307,19 +309,19 @@ def every(seconds: float, action: Callable[[], None]) -> Callable[[], None]:
 def write_results(directory: RunDirectory, job: Job, completions: list[Completion], outcome: Outcome) -> Summary:
     """Write the CSV files, the trace and the outputs."""
     setup = job.setup
-    steps = sorted((step for report in outcome.reports.values() for step in report.steps), key=lambda s: s.start_s)
-    transfers = sorted((t for report in outcome.reports.values() for t in report.transfers), key=lambda t: t.start_s)
     summary = directory.write_records(
         completions,
-        steps,
-        transfers,
+        read_steps(directory.path),
+        read_transfers(directory.path),
         tracks=Tracks.of(setup.topology),
         num_stages=setup.topology.num_stages,
         peak_kv_bytes=max(n * cache.block_bytes for n, cache in zip(outcome.peak_blocks, setup.caches, strict=True)),
         limits=Limits.of_ms(setup.config.ttft, setup.config.tpot),
         failures=outcome.failures,
+        trace_spans=setup.config.trace_spans,
     )
     write_csv(directory.path / "ranks.csv", rank_records(setup.topology, outcome), RankRecord)
+    remove_parts(directory.path)
     directory.write_status({**(directory.read_status() or {}), "state": "done"})
     return summary
 

@@ -10,7 +10,18 @@ from itertools import count
 
 from dejavu.engine.activity import Activity
 from dejavu.engine.journal import NoJournal, Past
-from dejavu.engine.messages import Busy, Moved, Ready, Released, Replicated, Report, Sampled, SampledToken, Stop
+from dejavu.engine.messages import (
+    Busy,
+    Moved,
+    Ready,
+    RecordChunk,
+    Released,
+    Replicated,
+    Report,
+    Sampled,
+    SampledToken,
+    Stop,
+)
 from dejavu.engine.recovery import Company, Death, FailureBook, Outage
 from dejavu.engine.seating import Lane, Repeated, Seating
 from dejavu.engine.text import StreamFactory, TextWatch
@@ -83,6 +94,7 @@ class Controller:
         self.failures = FailureBook()
         self.journal = NoJournal()
         self.announce: Callable[[str], None] = lambda line: None
+        self.keep_chunk: Callable[[RecordChunk], None] = lambda chunk: None
         self.news: list[tuple[TokenEvent, Completion]] = []  # taken, and not given out yet
         self.eos_token_ids = eos_token_ids
         self.clock = RunClock.start()
@@ -171,6 +183,8 @@ class Controller:
                     self.replicated |= {(message.rank, microbatch): step for microbatch, step in message.steps}
                 case Busy(compute_s):
                     self.activity.take(rank, compute_s, self.clock.now_s())
+                case RecordChunk():
+                    self.keep_chunk(message)
                 case Report():
                     self.reports[rank] = message
                 case Ready():

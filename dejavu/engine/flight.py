@@ -8,10 +8,12 @@ from statistics import median
 
 from dejavu.engine.messages import Work
 from dejavu.engine.timeline import Mark
+from dejavu.measure.recorder import MemoryRecorder, Recorder
 from dejavu.measure.records import StepKind, StepRecord
 
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 20e-6, 1e-3
 TELL_EVERY_S = 0.5
+TIMED_PASSES = 4096  # the newest ones of each kind, of whose host times the median is told
 
 Finish = Callable[[], None]
 
@@ -44,8 +46,8 @@ class Flights:
     place: tuple[int, int]
     now_s: Callable[[], float]
     check: Callable[[], None] = lambda: None  # raises what made a pass void
-    steps: list[StepRecord] = field(default_factory=list)
-    host_s: dict[str, list[float]] = field(default_factory=dict)  # by kind, what each pass took of this thread
+    recorder: Recorder = field(default_factory=MemoryRecorder)
+    host_s: dict[str, deque[float]] = field(default_factory=dict)  # by kind, what passes took of this thread
     under_way: deque[Flight] = field(default_factory=deque)
     later: deque[Finish] = field(default_factory=deque)  # what may wait until the next pass is queued
     late_s: float = 0.0  # that this took since the last pass landed
@@ -54,6 +56,7 @@ class Flights:
     tell: Callable[[float], None] = lambda compute_s: None  # who watches the run, how long this rank computed
     told_s: float = 0.0  # when `tell` was called last
     untold_s: float = 0.0  # computed since then
+    stall_ms: Callable[[Work], float] = lambda work: 0.0  # what a pass that has landed waited for swapped KV
 
     def add(self, flight: Flight) -> None:
         """Take a pass that was queued, and finish it if it is done already."""
@@ -70,7 +73,7 @@ class Flights:
             self.land(self.under_way.popleft())
         if self.later:
             return 0.0
-        return self.until_next_s() if self.under_way else float("inf")
+        return self.until_next_s() if self.under_way else self.until_told_s()
 
     def catch_up(self) -> None:
         """Do what could wait; the time that it takes counts for the next pass that lands."""
@@ -87,13 +90,29 @@ class Flights:
     @property
     def host_us_per_step(self) -> float:
         """Give the median of what a token step took of this thread, in microseconds; of any pass where it had none."""
-        seconds = self.host_s.get("token") or [each for kind in self.host_s.values() for each in kind]
+        seconds = list(self.host_s.get("token") or (each for kind in self.host_s.values() for each in kind))
         return 1e6 * median(seconds) if seconds else float("nan")
 
     def until_next_s(self) -> float:
         """Give half of the time that the next pass has left, or a part of that by which it is late."""
         left_s = self.began_s + self.usual_s.get(self.under_way[0].kind, 0.0) - self.now_s()
         return min(LONGEST_LOOK_S, max(SHORTEST_LOOK_S, left_s / 2 if left_s > 0 else -left_s / 16))
+
+    def until_told_s(self) -> float:
+        """Tell what is untold, when it is time; give the seconds until then, or infinity where nothing is."""
+        if not self.untold_s:
+            return float("inf")
+        now_s = self.now_s()
+        left_s = self.told_s + TELL_EVERY_S - now_s
+        if left_s > 0:
+            return left_s
+        self.tell_now(now_s)
+        return float("inf")
+
+    def tell_now(self, now_s: float) -> None:
+        """Tell how long this rank has computed since it told last."""
+        self.tell(self.untold_s)
+        self.told_s, self.untold_s = now_s, 0.0
 
     def land(self, flight: Flight) -> None:
         """Finish a pass and note when it was here."""
@@ -105,7 +124,7 @@ class Flights:
             flight.finish()
         self.record(flight)
         host_s = flight.host_s + self.late_s + self.now_s() - landed_s
-        self.host_s.setdefault(flight.kind, []).append(host_s)
+        self.host_s.setdefault(flight.kind, deque(maxlen=TIMED_PASSES)).append(host_s)
         self.late_s = 0.0
 
     def record(self, flight: Flight) -> None:
@@ -113,7 +132,7 @@ class Flights:
         work = flight.work
         flight.landed.settle()
         start_s, computed_s, end_s = flight.start.settle(), flight.computed.settle(), self.now_s()
-        self.steps.append(
+        self.recorder.add_step(
             StepRecord(
                 self.rank,
                 *self.place,
@@ -125,9 +144,9 @@ class Flights:
                 start_s,
                 computed_s,
                 end_s,
+                self.stall_ms(work),
             )
         )
         self.untold_s += computed_s - start_s
         if end_s - self.told_s >= TELL_EVERY_S:
-            self.tell(self.untold_s)
-            self.told_s, self.untold_s = end_s, 0.0
+            self.tell_now(end_s)

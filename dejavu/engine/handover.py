@@ -9,6 +9,7 @@ from dejavu.kv.plan import Resharding
 from dejavu.kv.pool import KVPool
 from dejavu.kv.side import Selection
 from dejavu.kv.stream import LayerStreamer, Level, stream_in
+from dejavu.measure.records import TransferRecord
 from dejavu.topology import CONTROLLER
 from dejavu.transport.carrier import Carrier, Transfer
 from dejavu.transport.mpi import Channel
@@ -16,6 +17,7 @@ from dejavu.transport.mpi import Channel
 LOOK_EVERY_S = 0.5e-3  # while something is on its way
 
 LayerDone = Callable[[int], None]
+RunTime = Callable[[float], float]
 
 
 class Mover(Protocol):
@@ -35,8 +37,11 @@ class Mover(Protocol):
     def look(self) -> float:
         """See what has moved and tell the controller; give the seconds after which to look again, or infinity."""
 
-    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
-        """Finish, and add to the records of `rank`; `run_time` turns the monotonic clock's moments into the run's."""
+    def take_transfers(self, rank: int, run_time: RunTime) -> list[TransferRecord]:
+        """Give what `rank` has recorded since the last call; `run_time` turns monotonic moments into the run's."""
+
+    def report(self, report: Report, rank: int, run_time: RunTime) -> Report:
+        """Finish, and add what was recorded since."""
 
 
 class NoMover:
@@ -59,7 +64,11 @@ class NoMover:
         """See that there is nothing."""
         return float("inf")
 
-    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+    def take_transfers(self, rank: int, run_time: RunTime) -> list[TransferRecord]:
+        """Have none."""
+        return []
+
+    def report(self, report: Report, rank: int, run_time: RunTime) -> Report:
         """Have nothing to add."""
         return report
 
@@ -98,7 +107,11 @@ class Movers:
         """Let each look; give the soonest time to look again."""
         return min(mover.look() for mover in self.movers)
 
-    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+    def take_transfers(self, rank: int, run_time: RunTime) -> list[TransferRecord]:
+        """Give those of each."""
+        return [transfer for mover in self.movers for transfer in mover.take_transfers(rank, run_time)]
+
+    def report(self, report: Report, rank: int, run_time: RunTime) -> Report:
         """Let each add its records."""
         for mover in self.movers:
             report = mover.report(report, rank, run_time)

@@ -201,8 +201,17 @@ class Farewell:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordChunk:
+    """Worker → controller, before its report: a part of a file of records that this host's processes do not see."""
+
+    name: str
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Worker → controller, at the end: its records, and the processor time it took while serving."""
+    """Worker → controller, at the end: records that are in no file, and the processor time it took while serving."""
 
     steps: list[StepRecord]
     cpu: CpuUsage

@@ -3,13 +3,13 @@
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dejavu.device.base import Buffer, Device, Stream
 from dejavu.device.pieces import Pieces
-from dejavu.engine.handover import LOOK_EVERY_S, NoMover
+from dejavu.engine.handover import LOOK_EVERY_S, NoMover, RunTime
 from dejavu.engine.messages import AllReplicated, Replicated, Report, Work
 from dejavu.kv.layout import PoolLayout
 from dejavu.kv.replica import ReplicaBooks, ReplicaStore, RowCopy, TokenCopier, count_bytes, list_pieces
@@ -136,16 +136,18 @@ class Receiving(PassFollower):
         self.channel.send(CONTROLLER, Replicated(self.owner, tuple(self.untold.items())), ring=False)
         self.untold.clear()
 
-    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+    def report(self, report: Report, rank: int, run_time: RunTime) -> Report:
         """Add a record for each pass, once all has arrived."""
         self.settle()
         if self.untold:
             self.tell()
+        return replace(report, transfers=report.transfers + self.take_transfers(rank, run_time))
+
+    def take_transfers(self, rank: int, run_time: RunTime) -> list[TransferRecord]:
+        """Give a record for each pass whose copies have arrived."""
         route = KIND, self.transport, self.owner, self.holder
-        moved = [
-            TransferRecord(rank, *route, n, run_time(start_s), run_time(end_s)) for n, start_s, end_s in self.moved
-        ]
-        return replace(report, transfers=report.transfers + moved)
+        moved, self.moved = self.moved, []
+        return [TransferRecord(rank, *route, n, run_time(start_s), run_time(end_s)) for n, start_s, end_s in moved]
 
 
 class DirectReplicator(Receiving):
@@ -226,7 +228,7 @@ class SendingReplicator(PassFollower):
     def arrived(self, copying: Copying) -> None:
         """Leave it to the holder to tell."""
 
-    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+    def report(self, report: Report, rank: int, run_time: RunTime) -> Report:
         """Wait until the holder has all: what is on its way is lost where its carrier is closed."""
         self.settle()
         if not self.is_held:
@@ -266,7 +268,7 @@ class ReplicaHolder(Receiving):
         stream = self.carrier.device.compute_stream
         return self.carrier.receive(owner, key, self.store.pool, list_pieces(self.layout, copies), stream=stream)
 
-    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+    def report(self, report: Report, rank: int, run_time: RunTime) -> Report:
         """Add the records, and tell the owner that all has arrived."""
         report = super().report(report, rank, run_time)
         self.channel.send(self.owner, AllReplicated())

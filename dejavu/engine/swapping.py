@@ -4,12 +4,12 @@ A pass waits, on its stream, until its microbatch is there; behind it, its new t
 microbatches of the next passes are fetched into slots that others have left. The host waits for none of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from dejavu.device.base import Device, Event, Stream
-from dejavu.engine.handover import LOOK_EVERY_S, LayerDone, NoMover
+from dejavu.engine.handover import LOOK_EVERY_S, LayerDone, NoMover, RunTime
 from dejavu.engine.messages import Report, Work
 from dejavu.engine.residency import Residency
 from dejavu.kv.flushed import FlushedRow, FlushedRows
@@ -113,21 +113,25 @@ class SwapMover(NoMover):
         self.lanes.settle()
         self.look()
 
-    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
-        """Add to a rank's records what its passes have waited for, and its fetches and flushes, when all is done.
-
-        `run_time` turns moments of the monotonic clock into those of the run.
-        """
+    def report(self, report: Report, rank: int, run_time: RunTime) -> Report:
+        """Add the fetches and flushes, when all are done."""
         self.settle()
-        stalls_ms = self.stalls_ms
-        steps = [replace(s, swap_stall_ms=stalls_ms.get((s.microbatch, s.step), 0.0)) for s in report.steps]
-        return replace(report, steps=steps, transfers=report.transfers + self.transfers(rank, run_time))
+        return replace(report, transfers=report.transfers + self.take_transfers(rank, run_time))
 
-    def transfers(self, rank: int, run_time: Callable[[float], float]) -> list[TransferRecord]:
-        """Give all fetches and flushes of this rank."""
+    def take_stall_ms(self, work: Work) -> float:
+        """Give what a pass that is through has waited for its microbatch; asked once."""
+        key = work.microbatch, work.step
+        if key in self._stalls:
+            self._stalls[key][1].synchronize()
+            self.look()
+        return self.stalls_ms.pop(key, 0.0)
+
+    def take_transfers(self, rank: int, run_time: RunTime) -> list[TransferRecord]:
+        """Give the fetches and flushes of this rank of which `look` has seen the end."""
+        moved, self.lanes.moved = self.lanes.moved, []
         return [
             TransferRecord(rank, m.direction, "local", rank, rank, m.nbytes, run_time(m.start_s), run_time(m.end_s))
-            for m in self.lanes.moved
+            for m in moved
         ]
 
     def close(self) -> None:

@@ -3,11 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -15,11 +16,13 @@ from dejavu.errors import ConfigError, UsageError
 from dejavu.measure.failures import FailureRecord
 from dejavu.measure.files import replacing
 from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord, write_csv, write_table
-from dejavu.measure.summary import Limits, Summary, summarize
+from dejavu.measure.summary import Limits, Summary, Totals
 from dejavu.measure.trace import Tracks, write_trace
 from dejavu.request import Completion, TokenLogprobs
 
 RUNS = Path("results/runs")
+TRACE_SPANS = 100_000
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,28 +94,38 @@ class RunDirectory:
     def write_records(
         self,
         completions: Sequence[Completion],
-        steps: Sequence[StepRecord],
-        transfers: Sequence[TransferRecord] = (),
+        steps: Iterable[StepRecord],
+        transfers: Iterable[TransferRecord] = (),
         *,
         tracks: Tracks,
         num_stages: int,
         peak_kv_bytes: int,
         limits: Limits | None = None,
         failures: Sequence[FailureRecord] = (),
+        trace_spans: int = TRACE_SPANS,
     ) -> Summary:
-        """Write all of a run's tables (transfers and failures where there are any) and its trace; give the summary."""
-        requests = [RequestRecord.from_completion(completion) for completion in completions]
-        summary = summarize(requests, steps, num_stages, peak_kv_bytes, limits)
+        """Write all of a run's tables (transfers and failures where there are any) and its trace; give the summary.
+
+        Steps and transfers come in the order in which they began, and are not held: the trace has of each, and of the
+        requests, the newest `trace_spans`.
+        """
+        totals = Totals(limits or Limits(), num_stages)
+        requests: deque[RequestRecord] = deque(maxlen=trace_spans)
+        newest: deque[StepRecord] = deque(maxlen=trace_spans)
+        moved: deque[TransferRecord] = deque(maxlen=trace_spans)
         self.write_outputs(completions)
-        write_csv(self.path / "requests.csv", requests, RequestRecord)
-        write_csv(self.path / "steps.csv", steps, StepRecord)
-        if transfers:
-            write_csv(self.path / "transfers.csv", transfers, TransferRecord)
+        records = map(RequestRecord.from_completion, completions)
+        write_csv(self.path / "requests.csv", seen(records, totals.take_request, requests.append), RequestRecord)
+        write_csv(self.path / "steps.csv", seen(steps, totals.take_step, newest.append), StepRecord)
+        write_csv(self.path / "transfers.csv", seen(transfers, moved.append), TransferRecord)
+        if not moved:
+            (self.path / "transfers.csv").unlink()
         if failures:
             write_csv(self.path / "failures.csv", failures, FailureRecord)
+        summary = totals.summary(peak_kv_bytes)
         row = summary.row()
         write_table(self.path / "summary.csv", row.keys(), [row.values()])
-        write_trace(self.path / "trace.json", tracks, steps, requests, transfers, failures)
+        write_trace(self.path / "trace.json", tracks, newest, requests, moved, failures)
         return summary
 
     def write_status(self, status: Mapping[str, Any]) -> None:
@@ -132,6 +145,14 @@ class RunDirectory:
     def read_result(self) -> dict[str, Any] | None:
         """Read how the run ended; None before the outcome is written, and whole."""
         return read_object(self.result_file)
+
+
+def seen(rows: Iterable[Row], *takers: Callable[[Row], object]) -> Iterator[Row]:
+    """Pass rows on, and show each to all takers."""
+    for row in rows:
+        for take in takers:
+            take(row)
+        yield row
 
 
 def locate(run: Path) -> Path:

@@ -1,9 +1,10 @@
 """Sum a run up in one row: throughput, latency percentiles, how long each stage stood idle."""
 
 import math
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from dejavu.request import FinishReason
 NAN = float("nan")
 LATENCIES = ("ttft_s", "tpot_s", "normalized_latency_s")
 HANDOVERS = ("handover_s", "row_wait_s")
+MEASURED = (*LATENCIES, *HANDOVERS)
 
 
 class Percentiles(NamedTuple):
@@ -98,19 +100,91 @@ def summarize(
     limits: Limits | None = None,
 ) -> Summary:
     """Sum a run up; an empty run has zero counts and NaN for what has no meaning. Without limits all are good."""
-    ended = [r for r in requests if r.finish_reason not in (None, FinishReason.CANCELLED)]
-    return Summary(
-        requests=len(ended),
-        good_requests=(limits or Limits()).count(ended),
-        cancelled_requests=sum(r.finish_reason is FinishReason.CANCELLED for r in requests),
-        prompt_tokens=sum(r.prompt_tokens for r in requests if r.output_tokens),
-        output_tokens=sum(r.output_tokens for r in requests),
-        makespan_s=makespan(requests),
-        latencies={name: percentiles([getattr(r, name) for r in ended]) for name in (*LATENCIES, *HANDOVERS)},
-        stage_idle_fractions=tuple(idle_fractions(steps, num_stages)),
-        peak_kv_bytes=peak_kv_bytes,
-        swap_stall_ms=mean(step.swap_stall_ms for step in steps),
-    )
+    totals = Totals(limits or Limits(), num_stages)
+    for request in requests:
+        totals.take_request(request)
+    for step in sorted(steps, key=lambda step: step.start_s):
+        totals.take_step(step)
+    return totals.summary(peak_kv_bytes)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sum a run up record by record, without holding them; of requests the latencies stay, for the percentiles."""
+
+    limits: Limits
+    num_stages: int
+    ended: int = 0
+    good: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    first_arrival_s: float = math.inf
+    last_finish_s: float = -math.inf
+    latencies: dict[str, "array[float]"] = field(default_factory=lambda: {n: array("d") for n in MEASURED})
+    busy: dict[int, dict[int, "BusyTime"]] = field(default_factory=dict)  # by stage and rank
+    first_start_s: float = math.inf
+    last_end_s: float = -math.inf
+    steps: int = 0
+    stall_ms: float = 0.0
+
+    def take_request(self, request: RequestRecord) -> None:
+        """Add a request, ended or not."""
+        self.prompt_tokens += request.prompt_tokens if request.output_tokens else 0
+        self.output_tokens += request.output_tokens
+        self.cancelled += request.finish_reason is FinishReason.CANCELLED
+        self.first_arrival_s = min(self.first_arrival_s, request.arrival_s)
+        if not math.isnan(request.finish_s):
+            self.last_finish_s = max(self.last_finish_s, request.finish_s)
+        if request.finish_reason in (None, FinishReason.CANCELLED):
+            return
+        self.ended += 1
+        self.good += self.limits.count([request])
+        for name, values in self.latencies.items():
+            values.append(getattr(request, name))
+
+    def take_step(self, step: StepRecord) -> None:
+        """Add a pass; they come in the order in which they began, on each rank at least."""
+        self.busy.setdefault(step.stage, defaultdict(BusyTime))[step.rank].take(step.start_s, step.compute_end_s)
+        self.first_start_s = min(self.first_start_s, step.start_s)
+        self.last_end_s = max(self.last_end_s, step.end_s)
+        self.steps += 1
+        self.stall_ms += step.swap_stall_ms
+
+    def idle_fractions(self) -> Iterator[float]:
+        """Give, per stage, the part of the time from the first to the last pass in which it did not compute."""
+        window_s = self.last_end_s - self.first_start_s
+        for stage in range(self.num_stages):
+            ranks = self.busy.get(stage, {}).values()
+            yield 1 - mean(rank.busy_s for rank in ranks) / window_s if window_s > 0 else NAN
+
+    def summary(self, peak_kv_bytes: int) -> Summary:
+        """Give the sums."""
+        return Summary(
+            requests=self.ended,
+            good_requests=self.good,
+            cancelled_requests=self.cancelled,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            makespan_s=self.last_finish_s - self.first_arrival_s if math.isfinite(self.last_finish_s) else NAN,
+            latencies={name: percentiles(values) for name, values in self.latencies.items()},
+            stage_idle_fractions=tuple(self.idle_fractions()),
+            peak_kv_bytes=peak_kv_bytes,
+            swap_stall_ms=self.stall_ms / self.steps if self.steps else 0.0,
+        )
+
+
+@dataclass(slots=True)
+class BusyTime:
+    """Measure the union of [start, end) intervals that come in the order of their starts."""
+
+    busy_s: float = 0.0
+    until_s: float = -math.inf
+
+    def take(self, start_s: float, end_s: float) -> None:
+        """Add an interval; what overlaps counts once."""
+        self.busy_s += max(0.0, end_s - max(start_s, self.until_s))
+        self.until_s = max(self.until_s, end_s)
 
 
 def makespan(requests: Sequence[RequestRecord]) -> float:
@@ -121,7 +195,7 @@ def makespan(requests: Sequence[RequestRecord]) -> float:
 
 def percentiles(values: Iterable[float]) -> Percentiles:
     """Give percentiles with linear interpolation between neighbours, over the values that are numbers."""
-    measured = np.array(list(values), dtype=np.float64)
+    measured = np.fromiter(values, np.float64)
     measured = measured[~np.isnan(measured)]
     return Percentiles(*np.percentile(measured, (50, 95, 99)).tolist()) if measured.size else Percentiles(NAN, NAN, NAN)
 
@@ -131,13 +205,10 @@ def idle_fractions(steps: Sequence[StepRecord], num_stages: int) -> list[float]:
 
     The run reaches from the first step's start to the last step's end, on any stage; a stage without steps has 1.
     """
-    spans: dict[int, dict[int, list[tuple[float, float]]]] = {stage: defaultdict(list) for stage in range(num_stages)}
-    for step in steps:
-        spans[step.stage][step.rank].append((step.start_s, step.compute_end_s))
-    window = max(s.end_s for s in steps) - min(s.start_s for s in steps) if steps else 0.0
-    if window <= 0:
-        return [NAN] * num_stages
-    return [1 - mean(covered(np.array(rank)) for rank in ranks.values()) / window for ranks in spans.values()]
+    totals = Totals(Limits(), num_stages)
+    for step in sorted(steps, key=lambda step: step.start_s):
+        totals.take_step(step)
+    return list(totals.idle_fractions())
 
 
 def mean(values: Iterable[float]) -> float:

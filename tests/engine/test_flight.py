@@ -50,7 +50,7 @@ def test_a_pass_that_is_done_at_once_is_finished_and_recorded_at_once():
     flights = Flights(4, (2, 1), clock)
     flights.add(Flight(make_work(0), HostMark(0.25), HostMark(0.5), HostMark(0.75), lambda: finished.append(0)))
     assert finished == [0]
-    (step,) = flights.steps
+    (step,) = flights.recorder.steps
     assert (step.rank, step.stage, step.tp_rank, step.microbatch, step.step, step.kind) == (4, 2, 1, 2, 0, "token")
     assert (step.num_rows, step.num_tokens) == (2, 2)
     assert (step.start_s, step.compute_end_s, step.end_s) == (0.25, 0.5, 1.0)
@@ -66,7 +66,7 @@ def test_passes_finish_in_order_and_never_early():
     for clock.time_s, expected in [(2.5, []), (3.0, [0, 1]), (4.9, [0, 1]), (5.0, [0, 1, 2])]:
         flights.look()
         assert finished == expected
-    assert [(s.start_s, s.compute_end_s) for s in flights.steps] == [(1.5, 2.25), (1.0, 1.5), (2.5, 3.75)]
+    assert [(s.start_s, s.compute_end_s) for s in flights.recorder.steps] == [(1.5, 2.25), (1.0, 1.5), (2.5, 3.75)]
 
 
 def test_what_may_wait_is_done_at_the_next_look():

@@ -38,7 +38,7 @@ li{margin:.3rem 0}a{color:var(--s0)}
 @media(max-width:640px){.wide{display:none}.narrow{display:block}body{padding:.8rem}}
 """
 NUMBER = re.compile(r"-|-?[0-9.]+( ?(%|B|[KMGT]iB|s|ms|µs))?|[-0-9.]+( ± [0-9.]+)?( \([-0-9.]+( ± [0-9.]+)? x\))?")
-LOST = "What a process had noted of its passes is lost with it: plots and steps.csv have the others' alone."
+LOST = "A process that dies takes along what it noted in its last half second: plots and tables lack that."
 TILES = ("requests", "throughput", "time to first token", "time per later token", "idle by stage")
 
 
