@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from dejavu.cluster.process import fail_in_thread
 from dejavu.engine.setup import EngineSetup
 from dejavu.errors import PeerLostError, RunLostError
-from dejavu.transport.mpi import Channel, Crew
+from dejavu.transport.crew import Crew, Newcomer
+from dejavu.transport.mpi import Channel
 from dejavu.transport.recruit import LOOK_EVERY_S, Intercomm, Recruit
 
 PROGRAM = (sys.executable, "-m", "dejavu.cluster.recruit", socket.gethostname(), str(os.getpid()))
@@ -20,14 +21,6 @@ WAIT_S = 120.0  # for a process to join while requests are held; then the run is
 SAY_EVERY_S = 10.0
 JOIN_S = 20.0  # for the calls by which all let one join; MPI may wait for ever for one that dies in just these
 Lost = Sequence[tuple[int, int]]  # ranks and the processes that played them
-
-
-@dataclass(frozen=True, slots=True)
-class Newcomer:
-    """Leader → all ranks: this process joins now."""
-
-    host: str
-    pid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +93,14 @@ class Recruiting:
             _, newcomer = channel.receive(leader)
             return newcomer is not None and self.enlist(newcomer, leader, None)
         recruit = self.wait_ready() if self.is_short else self.look()
-        newcomer = Newcomer(recruit.host, recruit.pid) if recruit else None
+        newcomer = recruit.newcomer if recruit else None
         for rank in channel.membership.present:
             if rank != leader:
                 channel.send(rank, newcomer)
         if not (recruit and newcomer):
             return False
         try:
-            crew = channel.crew.enlist(newcomer.host, newcomer.pid)
+            crew = channel.crew.enlist(newcomer)
             parent = recruit.summon(Summons(self.setup, self.directory, crew, tuple(lost)))
             self.enlist(newcomer, leader, parent)
         except PeerLostError:
@@ -119,7 +112,7 @@ class Recruiting:
     def enlist(self, newcomer: Newcomer, leader: int, parent: Intercomm | None) -> bool:
         """Let a process join together with all other ranks."""
         with bounded(JOIN_S, "the ranks to let a new spare join"):
-            self.channel.enlist(newcomer.host, newcomer.pid, leader, parent)
+            self.channel.enlist(newcomer, leader, parent)
         return True
 
     def wait_ready(self) -> Recruit:

@@ -38,16 +38,18 @@ def main() -> int:
     from dejavu.cluster.standby import warm_up
     from dejavu.cluster.start import be_spare
     from dejavu.errors import PeerLostError
+    from dejavu.transport.lifeline import Lifeline
     from dejavu.transport.mpi import join_crew
     from dejavu.transport.recruit import await_summons, leave, report_for_duty
 
     try:
-        parent = report_for_duty()
+        lifeline = Lifeline()
+        parent = report_for_duty(lifeline.fd)
         warm_up()
         summons: Summons = await_summons(parent)
         os.environ[RUN_DIR] = summons.directory
         with bounded(JOIN_S, "the ranks to let this process join"):
-            channel = join_crew(parent, summons.crew, summons.setup.config.stall_timeout)
+            channel = join_crew(parent, summons.crew, lifeline, summons.setup.config.stall_timeout)
         joined.set()
     except PeerLostError:  # whoever wanted this process has died, or gives up and says so
         leave()

@@ -12,6 +12,7 @@ from dejavu.transport.lifeline import is_alive, process_state
 from dejavu.transport.mpi import Channel
 
 LOOK_EVERY_S = 0.25
+JOIN_S = 0.03  # while a process may join, which is watched from the next look on
 STOPPED = "tT"  # by a signal, or by a debugger
 
 
@@ -38,11 +39,12 @@ class Watchdog(threading.Thread):
         """Wait for the next process's death, and look a few times a second."""
         while not self.ended.is_set():
             process = next_on_host(self.channel, self.dead)
+            pause_s = min(self.pause_s, JOIN_S) if self.channel.membership.vacant else self.pause_s
             if process is None or not self.channel.is_followed(process):
                 has_ended = False
-                self.ended.wait(self.pause_s)
+                self.ended.wait(pause_s)
             else:
-                has_ended = self.channel.await_end(process, self.pause_s)
+                has_ended = self.channel.await_end(process, pause_s)
             if process is None or self.ended.is_set():
                 continue
             if has_ended:

@@ -49,7 +49,7 @@ class Lifeline:
         self.own = Mutex(self.fd)
         # Never unmapped as Python ends: the kernel looks there when the process has.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.own.memory))
-        self.others: dict[int, Mutex] = {}  # by pid
+        self.others: dict[int, Mutex] = {}  # by the number of the process
         attributes = (ctypes.c_char * MUTEX_BYTES)()
         for status in (
             LIBC.pthread_mutexattr_init(attributes),
@@ -60,18 +60,21 @@ class Lifeline:
         ):
             assert status == 0, os.strerror(status)
 
-    def follow(self, pid: int, fd: int) -> None:
-        """Map the lock of another process of this host and user, which has it as its descriptor `fd`."""
+    def follow(self, process: int, pid: int, fd: int) -> None:
+        """Map the lock of another process of this host and user, which has it as its descriptor `fd`.
+
+        It is `process` from now on: a pid could be another's later.
+        """
         copy = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
         try:
-            self.others[pid] = Mutex(copy)
+            self.others[process] = Mutex(copy)
         finally:
             os.close(copy)
 
-    def await_end(self, pid: int, seconds: float) -> bool:
+    def await_end(self, process: int, seconds: float) -> bool:
         """Wait, at most so long, for the end of a process that is followed; tell whether it has come."""
         whole, part = divmod(time.time() + seconds, 1)
-        other, until = self.others[pid], Timespec(int(whole), int(part * 1e9))
+        other, until = self.others[process], Timespec(int(whole), int(part * 1e9))
         status = LIBC.pthread_mutex_timedlock(other.lock, ctypes.byref(until))
         if status in DEAD:
             other.memory[ENDED] = 1
@@ -81,9 +84,9 @@ class Lifeline:
             time.sleep(seconds)
         return status in DEAD
 
-    def has_ended(self, pid: int) -> bool:
+    def has_ended(self, process: int) -> bool:
         """Tell whether anybody has learnt of the end of a process that is followed."""
-        return self.others[pid].memory[ENDED] == 1
+        return self.others[process].memory[ENDED] == 1
 
     def close(self) -> None:
         """Let go of all locks, in the thread that made them; this process's is free then, as if it lived.

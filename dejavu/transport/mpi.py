@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -16,16 +15,16 @@ from mpi4py import MPI
 from torch import Tensor
 
 from dejavu.errors import DeadlineError, EndedByPeerError, PeerLostError
+from dejavu.transport.crew import Crew, Life, Newcomer
 from dejavu.transport.lifeline import Lifeline
-from dejavu.transport.membership import Membership, enlist, reassign
-from dejavu.transport.obituary import Name, declare_dead, own_name
+from dejavu.transport.membership import Membership, reassign
+from dejavu.transport.obituary import declare_dead, own_name
 from dejavu.transport.waiting import Doorbell, Patience, new_job_name
 
 CONTROL, TENSOR = 1, 2
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 BRIDGE_TAG = 3
-UNKNOWN = -1
 OPEN: set["Channel"] = set()  # all channels of this process
 ABANDONED: list[object] = []  # requests of failed communicators, and the memory that MPI may still use
 
@@ -50,22 +49,6 @@ def suspecting(
     return checked
 
 
-@dataclass(frozen=True, slots=True)
-class Crew:
-    """Say all of a channel's processes that one of them has to know, in the order of their numbers."""
-
-    doorbell: str
-    hosts: tuple[str, ...]
-    pids: tuple[int, ...]
-    membership: Membership
-    lives: tuple[tuple[int, Name | None], ...]  # what tells of the end of each, and by what name MPI is told
-
-    def enlist(self, host: str, pid: int) -> "Crew":
-        """Give the crew with a process more, of whose end only mpirun tells."""
-        membership = enlist(self.membership, len(self.pids))
-        return Crew(self.doorbell, (*self.hosts, host), (*self.pids, pid), membership, (*self.lives, (UNKNOWN, None)))
-
-
 class Channel:
     """Exchange objects and tensors with the other ranks of a communicator, of which it owns a duplicate.
 
@@ -77,10 +60,15 @@ class Channel:
     rank raises PeerLostError, until all have called `recover`; what was under way is lost then.
     """
 
-    def __init__(self, comm: MPI.Intracomm, deadline_s: float, crew: Crew | None = None) -> None:
-        """Make a channel together with all of `comm`; or in a process that was enlisted, as the last of its `crew`."""
+    def __init__(
+        self, comm: MPI.Intracomm, deadline_s: float, crew: Crew | None = None, lifeline: Lifeline | None = None
+    ) -> None:
+        """Make a channel together with all of `comm`.
+
+        A process that was enlisted makes its own as the last of its `crew`, with the `lifeline` that they know of it.
+        """
         self.comm = comm if crew else comm.Dup()
-        self.lifeline = Lifeline()
+        self.lifeline = lifeline or Lifeline()
         crew = crew or meet(self.comm, self.lifeline.fd)
         self.process = crew.membership.processes[comm.Get_rank()]
         self.deadline_s = deadline_s
@@ -245,19 +233,18 @@ class Channel:
         """Map what tells of the end of the other processes of this host; before any of them may have ended well."""
         here = self.process_hosts[self.process]
         for process in self.membership.processes:
-            pid, (lifeline, _) = self.pids[process], self.lives[process]
-            is_new = process != self.process and lifeline != UNKNOWN and pid not in self.lifeline.others
+            is_new = process != self.process and process not in self.lifeline.others
             if self.process_hosts[process] == here and is_new:
                 with suppress(FileNotFoundError, ProcessLookupError):  # it has died already, as MPI will tell
-                    self.lifeline.follow(pid, lifeline)
+                    self.lifeline.follow(process, self.pids[process], self.lives[process][0])
 
     def is_followed(self, process: int) -> bool:
         """Tell whether `await_end` can tell of a process."""
-        return self.pids[process] in self.lifeline.others
+        return process in self.lifeline.others
 
     def await_end(self, process: int, seconds: float) -> bool:
         """Wait, at most so long, for the end of another process of this host; any thread may."""
-        return self.lifeline.await_end(self.pids[process], seconds)
+        return self.lifeline.await_end(process, seconds)
 
     def raise_alarm(self) -> None:
         """Let every rank of this host see that a process has ended, this one too; any thread may."""
@@ -270,8 +257,8 @@ class Channel:
         if not self.doorbell.has_alarm:
             return
         self.doorbell.has_alarm = False
-        members = {self.pids[process]: process for process in self.membership.processes}
-        dead = [members[pid] for pid in self.lifeline.others if pid in members and self.lifeline.has_ended(pid)]
+        followed = [process for process in self.membership.processes if process in self.lifeline.others]
+        dead = [process for process in followed if self.lifeline.has_ended(process)]
         declared = [process for process in dead if (name := self.lives[process][1]) and declare_dead(name)]
         if declared:
             self.revoke()
@@ -299,7 +286,7 @@ class Channel:
         self.join(reassign(before, survivors, first_spare, self.process_hosts, devices))
         return before.lost(survivors)
 
-    def enlist(self, host: str, pid: int, leader: int, recruit: MPI.Intercomm | None) -> None:
+    def enlist(self, newcomer: Newcomer, leader: int, recruit: MPI.Intercomm | None) -> None:
         """Let a process join that was started later; it takes the lowest vacant rank.
 
         All ranks call this after `recover`, before they send anything; rank `leader` gives its `recruit`, which calls
@@ -315,7 +302,8 @@ class Channel:
         union = unanimous(comm, lambda: bridge.Merge(False))
         is_whole = agree(union, True)
         self.comm = union
-        self.know(self.crew.enlist(host, pid))
+        self.know(self.crew.enlist(newcomer))
+        self.follow_lives()
         if not is_whole:
             raise PeerLostError("a rank died while another one joined")
 
@@ -391,12 +379,12 @@ def meet(comm: MPI.Intracomm, lifeline: int) -> Crew:
     """Find out who takes part, together with all ranks at a run's start; `lifeline` is this one's descriptor."""
     name = comm.bcast(new_job_name())
     mine = socket.gethostname(), os.getpid(), (lifeline, own_name())
-    found: list[tuple[str, int, tuple[int, Name | None]]] = comm.allgather(mine)
+    found: list[tuple[str, int, Life]] = comm.allgather(mine)
     hosts, pids, lives = zip(*found, strict=True)
     return Crew(name, hosts, pids, Membership.first(len(found)), lives)
 
 
-def join_crew(parent: MPI.Intercomm, crew: Crew, deadline_s: float) -> Channel:
+def join_crew(parent: MPI.Intercomm, crew: Crew, lifeline: Lifeline, deadline_s: float) -> Channel:
     """Be the process that the others `enlist`, and whose `parent` leads them; raise PeerLostError where that fails."""
     try:
         bridge = MPI.COMM_SELF.Create_intercomm(0, parent.Merge(True), 0, BRIDGE_TAG)
@@ -404,7 +392,7 @@ def join_crew(parent: MPI.Intercomm, crew: Crew, deadline_s: float) -> Channel:
     except MPI.Exception as error:
         raise PeerLostError(f"the others could not let this process join ({error}): they start another one") from error
     agree(union, True)  # a loss meanwhile is met again at the first look
-    return Channel(union, deadline_s, crew)
+    return Channel(union, deadline_s, crew, lifeline)
 
 
 def unanimous(comm: MPI.Intracomm, action: Callable[[], Result]) -> Result:

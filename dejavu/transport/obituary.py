@@ -10,11 +10,10 @@ from typing import Any
 
 from mpi4py import MPI
 
+from dejavu.transport.crew import Name
+
 NAME_OFFSET = 40  # of (job, process) in a process's record, behind what makes it an item of a list
 LOST = -1
-
-
-Name = tuple[int, int]  # a process's job, and its rank in that job's COMM_WORLD
 
 
 @cache

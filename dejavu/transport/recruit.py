@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 from mpi4py import MPI
 
 from dejavu.errors import PeerLostError
+from dejavu.transport.crew import Newcomer
 from dejavu.transport.lifeline import is_alive
+from dejavu.transport.obituary import own_name
 
 Intercomm = MPI.Intercomm
 LOOK_EVERY_S = 0.02
@@ -32,7 +34,7 @@ class Recruit:
     def __init__(self, program: Sequence[str]) -> None:
         self.started_s = time.monotonic()
         self.comm: MPI.Intercomm | None = None
-        self.host, self.pid = "", 0
+        self.newcomer: Newcomer | None = None
         self.is_ready = False
         self.failure: str | None = None
         self.thread = threading.Thread(target=self.spawn, args=(program,), name="recruit", daemon=True)
@@ -49,15 +51,20 @@ class Recruit:
         """Tell whether it is ready to join; raise PeerLostError if it will never be."""
         if self.failure:
             raise PeerLostError(f"a new spare could not be started ({self.failure})")
-        if self.host == socket.gethostname() and not is_alive(self.pid):
+        if (pid := self.local_pid) and not is_alive(pid):
             raise PeerLostError("a new spare died before it had joined: look for its last words above")
         if not self.is_ready and time.monotonic() - self.started_s > START_S:
             raise PeerLostError(f"a new spare was not ready after {START_S:.0f} s")
-        if self.comm and not self.pid and (hello := take(self.comm, HELLO)):
-            self.host, self.pid = hello
-        if self.comm and self.pid and not self.is_ready:
+        if self.comm and not self.newcomer:
+            self.newcomer = take(self.comm, HELLO)
+        if self.comm and self.newcomer and not self.is_ready:
             self.is_ready = take(self.comm, READY) is not None
         return self.is_ready
+
+    @property
+    def local_pid(self) -> int:
+        """Give its pid; 0 where it is not known, or another host's."""
+        return self.newcomer.pid if self.newcomer and self.newcomer.host == socket.gethostname() else 0
 
     def summon(self, message: object) -> MPI.Intercomm:
         """Tell it what it has to know, and to join; give what leads to it."""
@@ -73,18 +80,18 @@ class Recruit:
         """End it."""
         deadline = time.monotonic() + patience_s
         with suppress(PeerLostError):
-            while not self.pid and time.monotonic() < deadline:
+            while not self.newcomer and time.monotonic() < deadline:
                 self.look()
                 time.sleep(LOOK_EVERY_S)
-        if self.pid and self.host == socket.gethostname():
+        if pid := self.local_pid:
             with suppress(ProcessLookupError):
-                os.kill(self.pid, SIGKILL)
+                os.kill(pid, SIGKILL)
 
 
-def report_for_duty() -> MPI.Intercomm:
-    """Tell who has started this process that it is there; give what leads to them."""
+def report_for_duty(lifeline: int) -> MPI.Intercomm:
+    """Tell who has started this process that it is there, by its descriptor `lifeline`; give what leads to them."""
     parent = MPI.Comm.Get_parent()
-    give(parent, HELLO, (socket.gethostname(), os.getpid()))
+    give(parent, HELLO, Newcomer(socket.gethostname(), os.getpid(), (lifeline, own_name())))
     return parent
 
 
