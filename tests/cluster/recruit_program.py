@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from mpi4py import MPI
 
@@ -43,7 +44,7 @@ class Ranks:
         return f"place {rank}"
 
 
-def live(channel: Channel, setup: SimpleNamespace, num_lost: int) -> None:
+def live(channel: Channel, setup: Any, num_lost: int) -> None:
     """Go through the losses that are still to come."""
     directory = Path(os.environ[RUN_DIR])
 
@@ -99,7 +100,7 @@ def main() -> int:
 def join() -> int:
     """Be a process that joins."""
     os.environ[RUN_DIR] = sys.argv.pop(1)
-    start.be_spare = lambda channel, setup, lost: live(channel, setup, len(lost))  # type: ignore[assignment]
+    start.be_spare = lambda channel, setup, lost: live(channel, setup, len(lost))
     return recruit.main()
 
 
