@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dejavu.cluster.launcher import JOB, SUPERVISOR
+from dejavu.cluster.segments import segment_directory
 from dejavu.cluster.stores import open_store, store_path
 from dejavu.config import PipelineShape
 from dejavu.device.base import Buffer, Closing, Device, Location
@@ -40,9 +41,10 @@ def choose_guardian(environment: Mapping[str, str], host: str, parent: int) -> G
     Where a supervisor on another host may start the job again, memory is kept for a while after the daemon's end.
     """
     process, _, place = environment.get(SUPERVISOR, "").partition("@")
+    files = str(segment_directory(environment) or "")
     if JOB not in environment or not process:
-        return Guardian(parent)
-    return Guardian(int(process)) if place == host else Guardian(parent, RESTART_S)
+        return Guardian(parent, files=files)
+    return Guardian(int(process), files=files) if place == host else Guardian(parent, RESTART_S, files)
 
 
 def open_vault(setup: EngineSetup) -> Vault:

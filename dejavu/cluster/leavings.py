@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dejavu.cluster.leftovers import job_processes, left_segments
+from dejavu.cluster.leftovers import job_processes
+from dejavu.cluster.segments import directory_of
 from dejavu.device.keeper_line import keeper_directory
 
 SETTLE_S = 5.0  # that the kernel may take to end what was killed
@@ -18,7 +19,6 @@ LOOK_EVERY_S = 0.25
 class Before:
     """Hold what there was before the jobs began."""
 
-    time_s: float = field(default_factory=time.time)
     descriptors: int = field(default_factory=lambda: count_descriptors())
     sessions: frozenset[Path] = field(default_factory=lambda: sessions())
 
@@ -47,7 +47,8 @@ def leavings(before: Before, jobs: Sequence[str]) -> Iterator[str]:
         yield from (f"process {pid}" for pid in job_processes(job))
         if (directory := keeper_directory(job)).exists():
             yield f"keeper's directory {directory}"
-    yield from (f"shared memory {path}" for path in left_segments(before.time_s))
+        if (segments := directory_of(job)).exists():
+            yield f"shared memory {segments}"
     yield from (f"session directory {path}" for path in sessions() - before.sessions if not is_running(path))
     more = count_descriptors() - before.descriptors
     if more > 0:

@@ -1,4 +1,4 @@
-"""Clear what a killed job leaves on this host: processes, shared-memory files, mpirun's session directory."""
+"""Clear what a killed job leaves on this host: processes, and mpirun's session directory."""
 
 import os
 import shutil
@@ -11,9 +11,6 @@ from pathlib import Path
 
 from dejavu.cluster.launcher import JOB, RANK_VARIABLES
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-SEGMENTS = "sm_segment.*"  # what Open MPI names its ranks' shared memory
-NEW_S = 1.0
 GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
 
@@ -62,48 +59,6 @@ def kill_job(job: str, timeout_s: float = 2.0) -> int:
     return len(found)
 
 
-def mapped_segments() -> set[str]:
-    """Name the shared-memory files of Open MPI that a running process has mapped."""
-    mapped = set()
-    for path in processes():
-        with suppress(*GONE):
-            lines = (path / "maps").read_text().splitlines()
-            mapped |= {line.split()[5] for line in lines if f"{SHARED_MEMORY}/sm_segment." in line}
-    return mapped
-
-
-def remove_session_files(mpirun_pid: int, started: float) -> None:
-    """Remove what an mpirun that was killed, or ranks that crashed, left since `started` (seconds of the epoch).
-
-    That is mpirun's session directory, and shared-memory files of this user that nobody maps. The newest are left
-    alone: another job may be about to map them.
-    """
+def remove_session_files(mpirun_pid: int) -> None:
+    """Remove what an mpirun that was killed left: its session directory."""
     shutil.rmtree(Path(tempfile.gettempdir(), f"ompi.{mpirun_pid}"), ignore_errors=True)
-    left = left_segments(started)
-    if any(is_new(path) for path in left):
-        time.sleep(NEW_S)
-        left = left_segments(started)
-    for path in left:
-        if not is_new(path):
-            path.unlink(missing_ok=True)
-
-
-def left_segments(started: float) -> list[Path]:
-    """List Open MPI's shared-memory files of this user that were made since `started` and that nobody maps."""
-    candidates = [path for path in SHARED_MEMORY.glob(SEGMENTS) if is_made_since(path, started)]
-    mapped = mapped_segments() if candidates else set()
-    return [path for path in candidates if str(path) not in mapped]
-
-
-def is_made_since(path: Path, started: float) -> bool:
-    """Tell whether a file is this user's, and was made after `started` (seconds of the epoch)."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    return found.st_uid == os.getuid() and started <= found.st_mtime
-
-
-def is_new(path: Path) -> bool:
-    """Tell whether a file was made just now, by a process that may be about to map it."""
-    return is_made_since(path, time.time() - NEW_S)

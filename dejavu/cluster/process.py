@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from dejavu.cluster.launcher import JOB, RUN_DIR, world_rank
+from dejavu.cluster.segments import claim_segments
 from dejavu.errors import DejavuError, EndedByPeerError, RunLostError
 from dejavu.measure.run_directory import RunDirectory
 
@@ -154,6 +155,7 @@ def guarded(body: Callable[[], int]) -> int:
     The run directory is taken from DEJAVU_RUN_DIR at the time of a failure.
     """
     die_with_parent()
+    claim_segments()
     threading.excepthook = lambda details: fail_in_thread(details.exc_value)
     try:
         return body()

@@ -19,6 +19,7 @@ from dejavu.cluster.leftovers import child_ranks, job_processes, kill_job, remov
 from dejavu.cluster.noise import BoilerplateFilter, Lines
 from dejavu.cluster.process import JobResult, read_result, set_parent_death_signal
 from dejavu.cluster.progress import Display, read_status
+from dejavu.cluster.segments import clear_segments
 from dejavu.device.keeper_line import end_keeper
 from dejavu.measure.run_directory import RunDirectory
 
@@ -82,7 +83,6 @@ class Supervisor:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.streams = selectors.DefaultSelector()
         self.process: subprocess.Popen[bytes] | None = None
-        self.started = time.time()
         self.is_lost = False  # ended without a result, and nobody has asked for that
         self.ranks: set[int] = set()  # processes seen on this host while the job was starting
         self.incomplete_s = 0.0  # since when one of them has been missing
@@ -245,7 +245,8 @@ class Supervisor:
         for stream in (self.process.stdout, self.process.stderr):
             if stream:
                 stream.close()
-        remove_session_files(self.process.pid, self.started)
+        remove_session_files(self.process.pid)
+        clear_segments(self.launch.environment[JOB], DRAIN_S)
 
 
 @contextmanager

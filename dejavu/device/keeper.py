@@ -1,7 +1,7 @@
 """The keeper: one small process per host and job that holds the descriptors of memory, so that it outlives its makers.
 
-`python -m dejavu.device.keeper DIRECTORY PROCESS GRACE_S` listens in that directory, detaches, and needs nothing but
-the standard library: no torch, no device context. Each request is one connection, one JSON object with at most one
+`python -m dejavu.device.keeper DIRECTORY PROCESS GRACE_S FILES` listens in that directory, detaches, and needs nothing
+but the standard library: no torch, no device context. Each request is one connection, one JSON object with at most one
 descriptor, and one answer of the same kind:
 
     put      name, nbytes, about + descriptor     hold a duplicate, in place of what had that name
@@ -13,7 +13,8 @@ descriptor, and one answer of the same kind:
     end                                           the job is over
 
 It ends, and all memory that nobody else holds is free, with `end`, when all who joined have left, or `grace_s` after
-the process that it watches has ended: the supervisor, or the mpirun, of its job.
+the process that it watches has ended: the supervisor, or the mpirun, of its job. Then it removes the directory FILES,
+unless a process that does not end still claims it.
 """
 
 import json
@@ -29,12 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dejavu.device.claims import clear_unclaimed
 from dejavu.device.handles import accept, close_all, listen, receive_message, send_message
 from dejavu.errors import DejavuError
 
 SOCKET = "socket"
 LOCK = "lock"
 CALL_S = 2.0  # for a caller that has begun to speak
+CLEAR_S = 10.0  # for the last processes of a job to end
 
 Answer = tuple[dict[str, Any], tuple[int, ...]]
 
@@ -188,7 +191,7 @@ def stop(signum: int, frame: object) -> None:
 
 def main(arguments: list[str]) -> None:
     """Listen, detach, serve, and leave no file behind."""
-    directory, process, grace_s = Path(arguments[0]), int(arguments[1]), float(arguments[2])
+    directory, process, grace_s, files = Path(arguments[0]), int(arguments[1]), float(arguments[2]), arguments[3]
     with listen(directory / SOCKET) as server:
         detach()  # who started this process sees its end, and can call from now on
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -202,6 +205,8 @@ def main(arguments: list[str]) -> None:
                 (directory / name).unlink(missing_ok=True)
             with suppress(OSError):  # somebody else has put a file there
                 directory.rmdir()
+    if files:
+        clear_unclaimed(Path(files), CLEAR_S)
 
 
 if __name__ == "__main__":

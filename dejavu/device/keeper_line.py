@@ -29,10 +29,14 @@ _PASSED = ("PATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR")  # of the environment; t
 
 @dataclass(frozen=True, slots=True)
 class Guardian:
-    """Name the process with whose end the keeper's ends, and how much later, for a job that is started again."""
+    """Name the process with whose end the keeper's ends, and how much later, for a job that is started again.
+
+    The keeper then removes the directory `files` when the last process that claims it has ended, too.
+    """
 
     process: int
     grace_s: float = 0.0
+    files: str = ""
 
 
 def keeper_directory(job: str, host: str | None = None) -> Path:
@@ -93,7 +97,7 @@ def spawn(directory: Path, guardian: Guardian) -> None:
     environment = {name: os.environ[name] for name in _PASSED if name in os.environ}
     environment |= {"PYTHONPATH": str(root), MARK: directory.name}
     command = [sys.executable, "-S", "-m", "dejavu.device.keeper", str(directory)]
-    arguments = [str(guardian.process), str(guardian.grace_s)]
+    arguments = [str(guardian.process), str(guardian.grace_s), guardian.files]
     try:
         subprocess.run(
             [*command, *arguments],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dejavu.cluster.keeping import RESTART_S, StoreShelf, choose_guardian, outlives_worker, take_memory, take_weights
+from dejavu.cluster.segments import directory_of
 from dejavu.device import Location, open_device
 from dejavu.device.keeper_line import Guardian, end_keeper
 from dejavu.device.vault import Vault
@@ -38,12 +39,15 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+FILES = str(directory_of("x"))
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, Guardian(7)),
-        ({"DEJAVU_JOB": "x", "DEJAVU_SUPERVISOR": "5@here"}, Guardian(5)),
-        ({"DEJAVU_JOB": "x", "DEJAVU_SUPERVISOR": "5@there"}, Guardian(7, RESTART_S)),
+        ({"DEJAVU_JOB": "x", "DEJAVU_SUPERVISOR": "5@here"}, Guardian(5, files=FILES)),
+        ({"DEJAVU_JOB": "x", "DEJAVU_SUPERVISOR": "5@there"}, Guardian(7, RESTART_S, FILES)),
         ({"DEJAVU_SUPERVISOR": "5@here"}, Guardian(7)),
     ],
 )

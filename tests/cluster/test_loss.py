@@ -2,20 +2,25 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from dejavu.cluster.launcher import JOB
+from dejavu.cluster.launcher import JOB, find_mpirun
 from dejavu.cluster.leftovers import job_processes, processes
+from dejavu.cluster.segments import PREFIX, SHARED_MEMORY, directory_of
 from dejavu.device.keeper import SOCKET
 from dejavu.device.keeper_line import keeper_directory
 from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import TransferRecord, read_csv
-from tests.cluster.test_serve import REPOSITORY, read_outputs, run
+from tests.cluster.test_serve import FAULT_TOLERANT, REPOSITORY, read_outputs, run
 
 pytestmark = pytest.mark.timeout(150)
 SHAPE = {
@@ -71,7 +76,7 @@ LOST = {"process": {0}, "memory": {1, 2, 3}, "memory of another host": {0, 1}}
 @pytest.mark.parametrize("name", CASES)
 def test_every_request_goes_on(options, expected, tmp_path, name):
     loses, rank, more = CASES[name]
-    path, note = tmp_path / "run", tmp_path / "note"
+    path, note, before = tmp_path / "run", tmp_path / "note", segment_directories()
     program = [REPOSITORY / "tests/cluster/loss_program.py", rank, 15, loses, note]
     done = run([*program, "serve", *options, *more, "--spares", 1, "--out", path], ranks=4)
     assert note.exists(), done.stderr
@@ -84,26 +89,52 @@ def test_every_request_goes_on(options, expected, tmp_path, name):
     assert (failure.bytes_restored > 0) == (loses == "memory")
     assert {t.kind for t in read_csv(path / "transfers.csv", TransferRecord)} == {"replica"}
     assert done.left == []
+    until(lambda: segment_directories() <= before)  # the keeper is the last to go
+
+
+def segment_directories():
+    """List where jobs of this user have MPI's shared memory; other tests may run at the same time."""
+    return set(SHARED_MEMORY.glob(f"{PREFIX}{os.getuid()}-*"))
+
+
+def test_nothing_is_left_where_mpirun_is_killed(options, tmp_path):
+    """Kill a plain mpirun in the middle of a run: what its ranks shared is gone, though none of them could clear it."""
+    mpirun = [find_mpirun(os.environ["PATH"]), "-n", 3, "--oversubscribe", "--bind-to", "none", *FAULT_TOLERANT]
+    command = [*mpirun, sys.executable, "-m", "dejavu.cli.main", "serve", *options, "--rate", "1"]
+    with started([*command, "--out", tmp_path / "run"]) as process:
+        directory = directory_of(f"prterun-{socket.gethostname()}-{process.pid}")
+        until(lambda: (tmp_path / "run" / "journal.jsonl").exists())
+        assert list(directory.glob("sm_segment.*"))
+        process.kill()
+    until(lambda: not directory.exists())
+    shutil.rmtree(Path(tempfile.gettempdir(), f"ompi.{process.pid}"))
+
+
+@contextmanager
+def started(command):
+    """Start a program as a user does, and kill it at the end."""
+    prefixes = ("OMPI_", "PMIX_", "PRTE_", "DEJAVU_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, env=environment, **streams) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_nothing_is_left_where_the_launcher_is_killed(options, tmp_path):
     """Kill the launcher itself in the middle of a run: its ranks and its keeper end, and their files with them."""
     command = [sys.executable, "-m", "dejavu.cli.main", "serve", *options, "--rate", "1", "--out", tmp_path / "run"]
-    with subprocess.Popen(
-        [str(word) for word in command],
-        cwd=REPOSITORY,
-        env={name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as launcher:
-        try:
-            job = until(lambda: job_of(tmp_path / "run"))
-            directory = keeper_directory(job)
-            until(lambda: (directory / SOCKET).exists())
-        finally:
-            launcher.kill()
+    with started(command):
+        job = until(lambda: job_of(tmp_path / "run"))
+        directory = keeper_directory(job)
+        until(lambda: (directory / SOCKET).exists())
+        assert directory_of(job).exists()
     until(lambda: not directory.exists())
     until(lambda: not job_processes(job))
+    until(lambda: not directory_of(job).exists())
 
 
 def job_of(run_directory):

@@ -17,6 +17,7 @@ from dejavu.cluster import supervisor
 from dejavu.cluster.launcher import Launch, Terminal, build_launch, find_mpirun
 from dejavu.cluster.leftovers import job_processes, kill_job, remove_session_files
 from dejavu.cluster.progress import QuietDisplay
+from dejavu.cluster.segments import clear_segments, directory_of
 from dejavu.cluster.supervisor import Supervisor, run_job
 from dejavu.measure.run_directory import RunDirectory
 
@@ -243,13 +244,12 @@ def test_exception_on_one_rank_ends_a_real_job_with_its_traceback(tmp_path):
 def test_ranks_die_with_a_killed_mpirun_and_what_they_leave_can_be_removed(tmp_path):
     launch, directory = real_launch(tmp_path, "sleep")
     mark = launch.environment["DEJAVU_JOB"]
-    started = time.time()
     process = subprocess.Popen(launch.command, env=dict(launch.environment), stdout=subprocess.PIPE, text=True)
     assert process.stdout
     pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
     assert set(pids) <= set(job_processes(mark))
     maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
-    segments = {line.split()[5] for line in maps.splitlines() if "/sm_segment." in line}
+    segments = {line.split()[5] for line in maps.splitlines() if f"{directory_of(mark)}/sm_segment." in line}
     session = Path(tempfile.gettempdir(), f"ompi.{process.pid}")
     assert session.is_dir()
     assert segments
@@ -257,7 +257,8 @@ def test_ranks_die_with_a_killed_mpirun_and_what_they_leave_can_be_removed(tmp_p
     process.wait()
     assert ended(mark, within_s=3.0)
     assert directory.read_result() is None
-    time.sleep(1.1)  # younger files are left alone
-    remove_session_files(process.pid, started)
+    remove_session_files(process.pid)
     assert not session.exists()
-    assert not [path for path in segments if Path(path).exists()]
+    assert any(Path(path).exists() for path in segments)
+    clear_segments(mark, 3.0)
+    assert not directory_of(mark).exists()
