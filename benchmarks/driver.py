@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,14 @@ def run_ranks(context: click.Context, num_ranks: int, name: str, out: str | None
     """Be a rank of the benchmark inside mpirun; outside, start `num_ranks` of them with the same arguments."""
     if world_rank(os.environ) is None:
         return start_job(num_ranks, context.obj, name=f"bench-{name}", out=out, progress=False)
-    from dejavu.cluster.process import guarded
+    from dejavu.cluster.process import guarded, importing
 
-    return guarded(rank_main)
+    def run() -> int:
+        with importing():
+            import_module("torch")
+        return rank_main()
+
+    return guarded(run)
 
 
 def open_run_directory(name: str, out: str | None) -> RunDirectory:

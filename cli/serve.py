@@ -84,10 +84,11 @@ def restarts_of(config: ServeConfig) -> int:
 
 def be_rank(config: ServeConfig) -> int:
     """Be one rank of a job; what cannot be imported ends the job as any other failure does."""
-    from dejavu.cluster.process import guarded
+    from dejavu.cluster.process import guarded, importing
 
     def run() -> int:
-        from dejavu.cluster.start import run_rank
+        with importing():
+            from dejavu.cluster.start import run_rank
 
         return run_rank(config)
 

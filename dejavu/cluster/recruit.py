@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from dejavu.cluster.process import guarded
+from dejavu.cluster.process import guarded, importing
 
 LOOK_EVERY_S = 0.25
 
@@ -33,14 +33,15 @@ def main() -> int:
 
     mpi4py.rc.finalize = False  # see `leave`
 
-    from dejavu.cluster.launcher import RUN_DIR
-    from dejavu.cluster.muster import JOIN_S, Summons, bounded
-    from dejavu.cluster.standby import warm_up
-    from dejavu.cluster.start import be_spare
-    from dejavu.errors import PeerLostError
-    from dejavu.transport.lifeline import Lifeline
-    from dejavu.transport.mpi import join_crew
-    from dejavu.transport.recruit import await_summons, leave, report_for_duty
+    with importing():
+        from dejavu.cluster.launcher import RUN_DIR
+        from dejavu.cluster.muster import JOIN_S, Summons, bounded
+        from dejavu.cluster.standby import warm_up
+        from dejavu.cluster.start import be_spare
+        from dejavu.errors import PeerLostError
+        from dejavu.transport.lifeline import Lifeline
+        from dejavu.transport.mpi import join_crew
+        from dejavu.transport.recruit import await_summons, leave, report_for_duty
 
     try:
         lifeline = Lifeline()

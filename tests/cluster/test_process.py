@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import subprocess
@@ -5,7 +6,7 @@ import sys
 
 import pytest
 
-from dejavu.cluster.process import describe
+from dejavu.cluster.process import describe, importing
 from dejavu.errors import ModelError
 
 PROGRAM = """
@@ -82,3 +83,15 @@ def test_result_names_the_kind_of_the_error():
     assert describe(RuntimeError("a\nb"), 3).error == "rank 3 failed: RuntimeError: a"
     assert describe(RuntimeError(), 3).error == "rank 3 failed: RuntimeError"
     assert describe(KeyboardInterrupt(), 0).exit_code == 130
+
+
+def test_no_garbage_is_looked_for_among_what_was_imported():
+    made = []
+    try:
+        with importing():
+            assert not gc.isenabled()
+            made.append([made])
+        assert gc.isenabled()
+        assert not any(known is made[0] for known in gc.get_objects())  # it gives those that are looked through
+    finally:
+        gc.unfreeze()
