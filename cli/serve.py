@@ -13,6 +13,7 @@ from rich.table import Table
 from dejavu.cluster.launcher import world_rank
 from dejavu.config import ServeConfig, load_config, make_config
 from dejavu.errors import UsageError
+from dejavu.measure.run_directory import locate
 from dejavu.topology import Topology, build_topology, required_ranks
 
 from .options import config_options, find_profile, given
@@ -42,7 +43,10 @@ win over it. Outside mpirun this starts as many ranks as the options need; insid
 def command(context: click.Context, /, profile: str | None, dry_run: bool, resume: Path | None, **values: Any) -> int:
     """Run the command."""
     if resume:
-        return go_on(resume)
+        others = [*filter(None, [profile]), *given(values), *(["dry_run"] if dry_run else [])]
+        if others:
+            raise UsageError(f"--resume goes on with the options that the run had: leave out {', '.join(others)}")
+        return go_on(locate(resume))
     config = load_config(find_profile(profile), given(values))
     if world_rank(os.environ) is not None:
         return be_rank(config)
@@ -62,7 +66,8 @@ def go_on(run: Path) -> int:
         raise UsageError(f"{run} holds no run that could go on: name a directory with run.yaml and journal.jsonl")
     if directory.outputs_file.exists():
         raise UsageError(f"the run in {run} has ended well: there is nothing to go on with")
-    values = yaml.safe_load(directory.run_file.read_text(encoding="utf-8"))["config"]
+    directory.check_deserted(run / "journal.jsonl")
+    values = directory.read_run()["config"]
     config = make_config({name: value for name, value in values.items() if value is not None}, str(directory.run_file))
     profile = run / "resume.yaml"
     profile.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude={"out"}, exclude_none=True)))

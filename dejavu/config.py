@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dejavu.errors import ConfigError
 
@@ -30,6 +30,7 @@ def parse_numbers(value: object) -> object:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Count = Annotated[int, Field(ge=1)]
+Place = Annotated[str, AfterValidator(lambda path: str(Path(path).absolute()))]  # the same from wherever it is resumed
 
 
 class PipelineShape(NamedTuple):
@@ -124,8 +125,10 @@ class ServeConfig(BaseModel):
     replica_transport: Literal["auto", "tcp", "mpi"] = option(
         "auto", "Failures", "What carries replicas to another host, tcp by default; one host shares memory by default."
     )
-    kv_disk: str | None = option(
-        None, "Failures", "Keep replicas in files of this directory, for --resume when all processes are gone."
+    kv_disk: Place | None = option(
+        None,
+        "Failures",
+        "Keep KV in files of this directory too, for --resume when all processes, or hosts, were gone.",
     )
     on_failure: Literal["abort", "wait", "respawn"] = option(
         "abort",
@@ -198,8 +201,8 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 f"replicate {self.replicate} has no KV to copy with synthetic stages: leave one of them out"
             )
-        if self.kv_disk is not None and (self.replicate == "off" or self.swap):
-            raise ValueError(f"kv_disk {self.kv_disk} is for replicas of KV that is not swapped: give replicate ring")
+        if self.kv_disk is not None and self.synthetic:
+            raise ValueError(f"kv_disk {self.kv_disk} has no KV to keep with synthetic stages: leave one of them out")
         self.check_swapping()
         depth = self.token_pp or self.pp
         if self.num_microbatches and self.num_microbatches < depth:

@@ -125,7 +125,7 @@ class WorkerCompany(Rounds):
                 self.controller.announce(line)
             if not self.continues:
                 self.controller.start_clock()
-                self.controller.journal.note("start", self.controller.clock.origin_s)
+                self.controller.journal.note("start", *self.controller.clock.describe())
         self.gathered_epoch = self.channel.membership.epoch
         share_clock(self.channel, ranks, self.controller.clock)
         lanes = self.controller.seating.lanes

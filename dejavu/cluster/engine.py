@@ -21,6 +21,7 @@ from dejavu.cluster.keeping import (
 )
 from dejavu.cluster.links import Links, open_inbox, open_outbox, open_sums
 from dejavu.cluster.site import Holdings, Site, dtype_of, make_empty_pool, make_rows, pool_layout, rank_cache
+from dejavu.cluster.stores import keep_on_disk, restore_from_disk
 from dejavu.device.base import Location, Stream
 from dejavu.engine.controller import Controller
 from dejavu.engine.flight import Flights
@@ -287,10 +288,16 @@ def make_mover(
     assert site.shelf
     replicating = Replicating(site.channel, setup, site.shelf, source, not holdings.has_kv, layout_of, carrier)
     replicators, restored = replicating.start(ties)
+    on_disk = keep_on_disk(
+        setup, site.placement, source, layout_of(site.placement), site.channel.membership.epoch, ties
+    )
+    if on_disk and not holdings.has_kv and not restored.rows:
+        restored = restore_from_disk(on_disk)
     if holdings.flushed is not None:
         for place, row in restored.rows.items():
             holdings.flushed.admit(FlushedRow(place, row.serial, row.length))
-    return Movers([*movers, *replicators]) if movers or replicators else NoMover(), restored
+    movers += [*replicators, *([on_disk] if on_disk else [])]
+    return Movers(movers) if movers else NoMover(), restored
 
 
 def make_handover(site: Site, comm: Any, pool: KVPool, stream: Stream, ties: ExitStack) -> Mover:

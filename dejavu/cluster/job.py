@@ -3,6 +3,8 @@
 import os
 import secrets
 from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
 
 from dejavu.cluster.launcher import JOB
 from dejavu.config import ServeConfig
@@ -11,6 +13,7 @@ from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import choose_cut, choose_row_len, size_caches
 from dejavu.errors import ConfigError
 from dejavu.model.resolve import ResolvedModel, resolve_model
+from dejavu.model.spec import ModelSpec
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.planning.workload import WorkloadItem, make_workload, read_workload, to_requests, with_poisson_arrivals
 from dejavu.request import Request, SamplingParams
@@ -49,8 +52,27 @@ def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
     name = os.environ.get(JOB) or secrets.token_hex(16)
     gpu_bytes = [cuda_device_bytes(index) for index in range(num_cuda_devices())] if device == "cuda" else []
     cut_at = choose_cut(config, model.spec, topology, caches, dtype, gpu_bytes)
-    setup = EngineSetup(config, model.spec, directory, topology, caches, dtype, name, device, len(gpu_bytes), cut_at)
+    setup = EngineSetup(
+        config,
+        model.spec,
+        directory,
+        topology,
+        caches,
+        dtype,
+        name,
+        device,
+        len(gpu_bytes),
+        cut_at,
+        model_mark=mark_model(model.spec, directory),
+    )
     return Job(setup, tuple(requests), tokenizer)
+
+
+def mark_model(spec: ModelSpec, directory: Path | None) -> str:
+    """Give a name for a model's shape and its files, as they are now; without any, of random weights."""
+    files = sorted(path for path in directory.iterdir() if path.is_file()) if directory else []
+    marks = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return blake2b(repr((spec, marks)).encode(), digest_size=8).hexdigest()
 
 
 def check_weights(config: ServeConfig, model: ResolvedModel) -> None:

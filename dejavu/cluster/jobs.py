@@ -74,11 +74,12 @@ def start_job(
     plan_launch(num_ranks, arguments, console, hostfile=hostfile)  # what is missing is said before a directory is made
     directory = resume or RunDirectory.create(name, out)
     launch = plan_launch(num_ranks, arguments, console, hostfile=hostfile, directory=directory, job=job)
-    if resume:
-        resume.result_file.unlink(missing_ok=True)
-        launch = replace(launch, environment={**launch.environment, RESUME: "1"})
-    show_line(console, launch)
-    result = run_job(launch, directory, open_display(console, progress=progress), restarts=restarts)
+    with directory.alone():
+        if resume:
+            resume.result_file.unlink(missing_ok=True)
+            launch = replace(launch, environment={**launch.environment, RESUME: "1"})
+        show_line(console, launch)
+        result = run_job(launch, directory, open_display(console, progress=progress), restarts=restarts)
     if result.error:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {result.error}", err=True)
     return result.exit_code

@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dejavu.cluster.launcher import JOB, SUPERVISOR
 from dejavu.cluster.segments import segment_directory
-from dejavu.cluster.stores import open_store, store_path
 from dejavu.config import PipelineShape
 from dejavu.device.base import Buffer, Closing, Device, Location
 from dejavu.device.keeper_line import Guardian
@@ -96,14 +94,12 @@ def copy_here(device: Device, far: Buffer) -> Buffer:
     return memory
 
 
-def take_store(
-    vault: Vault, device: Device, name: str, layout: PoolLayout, shape: StoreShape, make: Callable[[], ReplicaStore]
-) -> ReplicaStore:
-    """Give the replica of this name, with what it holds, or what `make` does."""
+def take_store(vault: Vault, device: Device, name: str, layout: PoolLayout, shape: StoreShape) -> ReplicaStore:
+    """Give the replica of this name, with what it holds, or a new one."""
     kept = vault.get(name, device)
     if kept is not None:
         return ReplicaStore(kept[0], layout, shape)
-    store = make()
+    store = ReplicaStore.allocate(device, layout, shape)
     vault.put(name, store.memory)
     return store
 
@@ -116,15 +112,12 @@ class StoreShelf(Closing):
         self.device = device
         self.stores: dict[str, tuple[str, ReplicaStore]] = {}  # with the keeper's mark
 
-    def take(
-        self, name: str, layout: PoolLayout, shape: StoreShape, make: Callable[[], ReplicaStore] | None = None
-    ) -> ReplicaStore:
-        """Give the replica of this name, or what `make` does, by default a new one; the shelf closes it."""
+    def take(self, name: str, layout: PoolLayout, shape: StoreShape) -> ReplicaStore:
+        """Give the replica of this name, or a new one; the shelf closes it."""
         kept = self.vault.contents()
         if not self.has(name, kept):
             self.drop(name)
-            allocate = partial(ReplicaStore.allocate, self.device, layout, shape)
-            store = take_store(self.vault, self.device, name, layout, shape, make or allocate)
+            store = take_store(self.vault, self.device, name, layout, shape)
             self.stores[name] = self.vault.contents()[name].about["mark"], store
         return self.stores[name][1]
 
@@ -345,12 +338,7 @@ class Replicating:
 
     def open_store(self, holder: int, owner: int) -> ReplicaStore:
         """Open the replica that one rank holds of another, or make it."""
-        described = _, layout, shape = describe_store(self.setup, holder, owner, self.layout_of)
-        device, path = self.source.device, store_path(self.setup, self.setup.topology.placements[owner])
-        if path is None:
-            return self.shelf.take(*described)
-        is_later = self.channel.membership.epoch > 0
-        return self.shelf.take(*described, lambda: open_store(device, path, layout, shape, is_later=is_later))
+        return self.shelf.take(*describe_store(self.setup, holder, owner, self.layout_of))
 
     @property
     def every(self) -> int:

@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -141,18 +142,26 @@ def serve(channel: Channel, config: ServeConfig) -> int:
         job = prepare(config, channel.size)
         check_host_memory(job.setup.topology, swapped_caches(job.setup), channel.near, available_bytes())
         directory = open_run_directory(config)
+        inheritance = inherit(directory) if RESUME in os.environ else None
     except UsageError as error:
         for rank in workers:
             channel.send(rank, None)
         return refuse(error)
+    job = replace(job, setup=replace(job.setup, run_id=name_run(directory)))
     show_capacity(job.setup)
     for rank in workers:
         channel.send(rank, (job.setup, str(directory.path.absolute())))
     places = [(host_name(), cpu_model()), *(channel.receive(rank, channel.deadline_s)[1] for rank in workers)]
     write_description(directory, job, places)
     directory.write_status({"state": "loading"})
-    lead(channel, job, directory, inherit(directory) if RESUME in os.environ else None)
+    lead(channel, job, directory, inheritance)
     return 0
+
+
+def name_run(directory: RunDirectory) -> str:
+    """Give the name of what a run keeps on disk: the one that it had before, where it is started again."""
+    described = directory.read_run() if RESUME in os.environ else {}
+    return str(described.get("run_id") or secrets.token_hex(8))
 
 
 def inherit(directory: RunDirectory) -> Inheritance | None:
@@ -170,8 +179,8 @@ def lead(channel: Channel, job: Job, directory: RunDirectory, inheritance: Inher
     if inheritance:
         requests = tuple(progress.completion.request for progress in inheritance.past.requests.values())
         job = replace(job, requests=requests)
-    journal = Journal(directory.path / JOURNAL)
     past = inheritance.past if inheritance else None
+    journal = Journal(directory.path / JOURNAL, past.num_bytes if past else 0)
 
     def drive(controller: Controller) -> list[Completion]:
         controller.keep_chunk = lambda chunk: keep_chunk(directory.path, chunk.name, chunk.offset, chunk.data)
@@ -234,6 +243,7 @@ def write_description(directory: RunDirectory, job: Job, places: list[tuple[str,
         "mpi_library": MPI.Get_library_version().split(",")[0],
         "dtype": setup.dtype,
         "device": setup.device,
+        "run_id": setup.run_id,
         "kv_caches": [asdict(cache) for cache in setup.caches],
     }
     ranks = rank_table(setup.topology, hosts, devices)

@@ -223,6 +223,8 @@ class Controller:
         self.ready.clear()
         self.reports.clear()
         gathered = self.company.gather()
+        known = [serial for left in gathered.restored for serial in left.tokens]
+        self.next_serial = max([self.next_serial, *(serial + 1 for serial in known)])  # a disk may know more of them
         outputs = {serial: running.completion.token_ids for serial, running in self.running.items()}
         repeated = self.seating.resume(outputs, gathered.restored)
         self.failures.resume(outage, gathered, repeated, self.clock.now_s())
@@ -283,7 +285,7 @@ class Controller:
 
     def adopt(self, past: Past) -> None:
         """Take over what the journal says: requests in their rows, and those that wait or have not come yet."""
-        self.clock = RunClock(past.origin_s)
+        self.clock = past.clock()
         self.counts.submitted = len(past.requests)
         self.counts.done = len(past.requests) - len(past.unfinished)
         self.counts.tokens = sum(len(progress.completion.token_ids) for progress in past.requests.values())

@@ -1,21 +1,27 @@
 """What the controller has taken and given out, line by line in a file: who takes its place goes on from there.
 
-A line is a JSON list: its kind, then its values. Lines are written before anybody is given what they say.
+A line is a JSON list: its kind, its values, and a checksum of both. Lines are written before anybody is given what they
+say. What a loss of power leaves at the end of the file is no line, and is cut off before further ones are written.
 """
 
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dejavu.engine.messages import Admission, SampledToken
+from dejavu.errors import DejavuError, UsageError
+from dejavu.measure.clock import RunClock
 from dejavu.measure.failures import FailureRecord
+from dejavu.measure.run_directory import lock
 from dejavu.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 
 SYNC_EVERY_S = 0.5
+LOCK_S = 10.0  # that a process may take to end which had the journal before
 
 
 class NoJournal:
@@ -40,9 +46,14 @@ class NoJournal:
 class Journal(NoJournal):
     """Write lines: with one system call for all that happened together, and to the disk itself twice a second."""
 
-    def __init__(self, path: Path) -> None:
-        """Go on behind what the file holds."""
+    def __init__(self, path: Path, num_bytes: int = 0) -> None:
+        """Go on behind the first `num_bytes`, which are lines; UsageError where another process writes here."""
+        self.path = path
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        lock(self.file, path.parent, LOCK_S)
+        os.ftruncate(self.file, num_bytes)
+        sync_name(path)
+        self.error: OSError | None = None  # of the thread
         self.lines: list[str] = []
         self.lock = threading.Lock()  # requests may be taken from any thread
         self.dirty, self.ended = threading.Event(), threading.Event()
@@ -65,24 +76,41 @@ class Journal(NoJournal):
 
     def note(self, kind: str, *values: Any) -> None:
         """Add a line, to be written with the next `flush`."""
-        line = json.dumps([kind, *values], ensure_ascii=False) + "\n"
+        line = make_line([kind, *values])
         with self.lock:
             self.lines.append(line)
 
     def flush(self) -> None:
-        """Write what was added."""
+        """Write what was added; DejavuError where the disk refuses."""
         with self.lock:
             lines, self.lines = self.lines, []
-        if lines:
-            os.write(self.file, "".join(lines).encode())
-            self.dirty.set()
+        try:
+            if self.error:
+                raise self.error
+            if lines:
+                self.write("".join(lines).encode())
+        except OSError as error:
+            place = f"{self.path} cannot be written ({error.strerror})"
+            raise DejavuError(
+                f"{place}: mend that, then go on with `dejavu serve --resume {self.path.parent}`"
+            ) from error
+
+    def write(self, data: bytes) -> None:
+        """Write bytes, with one call where the disk takes them all."""
+        while data:
+            data = data[os.write(self.file, data) :]
+        self.dirty.set()
 
     def sync(self) -> None:
         """Bring to the disk what was written, again and again, beside the serving thread."""
         while not self.ended.wait(SYNC_EVERY_S):
             if self.dirty.is_set():
                 self.dirty.clear()
-                os.fdatasync(self.file)
+                try:
+                    os.fdatasync(self.file)
+                except OSError as error:
+                    self.error = error
+                    return
 
     def close(self) -> None:
         """End; everything is on the disk then."""
@@ -91,6 +119,15 @@ class Journal(NoJournal):
         self.syncer.join()
         os.fdatasync(self.file)
         os.close(self.file)
+
+
+def sync_name(path: Path) -> None:
+    """Have the disk know a file's name."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 @dataclass(slots=True)
@@ -108,6 +145,8 @@ class Past:
     """Hold what a journal says: all requests in the order in which they were taken, by their id."""
 
     origin_s: float = 0.0  # of the run's clock, on the host's
+    origin: tuple[float, str] = (0.0, "")  # the same on the wall clock, and which start of a host the other is of
+    num_bytes: int = 0  # of all lines
     requests: dict[str, Progress] = field(default_factory=dict)
     serials: dict[int, Progress] = field(default_factory=dict)
     steps: list[list[int]] = field(default_factory=list)  # by pipeline and microbatch: the next pass's number
@@ -119,27 +158,53 @@ class Past:
         """Give the requests that have not ended, first come first."""
         return [progress for progress in self.requests.values() if progress.completion.finish_reason is None]
 
+    def clock(self) -> RunClock:
+        """Give the run's clock as it is on this host now: no token came later than that."""
+        latest_s = max((progress.times_s[-1] for progress in self.requests.values() if progress.times_s), default=0.0)
+        return RunClock.resume(self.origin_s, *self.origin, latest_s)
+
 
 def read_journal(path: Path) -> Past:
-    """Read a journal to its end; a last line that was not written whole is passed over."""
+    """Read a journal to its end; what is no line there is passed over, UsageError where lines follow it."""
     past = Past()
-    for kind, *values in read_lines(path):
-        READERS[kind](past, *values)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        said = read_line(line)
+        if said is None:
+            if any(map(read_line, lines[number:])):
+                raise UsageError(
+                    f"line {number} of {path} is corrupted: restore it from a copy, or remove it and all behind it, "
+                    "which are then served again"
+                )
+            break
+        past.num_bytes += len(line)
+        READERS[said[0]](past, *said[1:])
     return past
 
 
-def read_lines(path: Path) -> Iterator[list[Any]]:
-    """Give the lines of a journal; none where there is no file."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+def make_line(values: list[Any]) -> str:
+    """Write a line."""
+    text = json.dumps(values, ensure_ascii=False)[:-1]
+    return f'{text}, "{checksum(text.encode())}"]\n'
 
 
-def take_start(past: Past, origin_s: float) -> None:
+def read_line(line: bytes) -> list[Any] | None:
+    """Give the values of a line; None where it is not one that was written."""
+    text, _, rest = line.rpartition(b", ")
+    if rest != f'"{checksum(text)}"]\n'.encode():
+        return None
+    values: list[Any] = json.loads(text + b"]")
+    return values
+
+
+def checksum(text: bytes) -> str:
+    """Give what a line ends with."""
+    return f"{zlib.crc32(text):08x}"
+
+
+def take_start(past: Past, origin_s: float, wall_s: float, boot: str) -> None:
     """Take the run's clock."""
-    past.origin_s = origin_s
+    past.origin_s, past.origin = origin_s, (wall_s, boot)
 
 
 def take_request(past: Past, values: dict[str, Any]) -> None:

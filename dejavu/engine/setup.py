@@ -23,6 +23,8 @@ class EngineSetup:
     device: str = "cpu"  # what the workers compute on, or "cuda"
     num_devices: int = 0  # GPUs of the controller's host, for a GPU run
     cut_at: int = 0  # most prompt tokens of a pass, where GPUs have no memory for whole prompts
+    run_id: str = ""  # the same however often the run is started again; where KV is kept on disk
+    model_mark: str = ""  # which weights, and of what shape; the same only for the same files
 
     @property
     def on_cuda(self) -> bool:

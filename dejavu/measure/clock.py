@@ -3,7 +3,10 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class ClockSample(NamedTuple):
@@ -47,6 +50,20 @@ class RunClock:
         """Make this moment the run's start; called by the controller, which sends its `origin_s` to the others."""
         return cls(time.monotonic())
 
+    def describe(self) -> tuple[float, float, str]:
+        """Give what `resume` needs: the origin on both clocks, and which start of a host the first of them is of."""
+        return self.origin_s, time.time() - self.now_s(), boot_id()
+
+    @classmethod
+    def resume(cls, origin_s: float, wall_s: float, boot: str, latest_s: float) -> "RunClock":
+        """Go on with a run's clock. Where the host was started since, or is another one, by the wall clock.
+
+        That may have been set back: what happened after `latest_s` is not before it.
+        """
+        if boot == boot_id():
+            return cls(origin_s)
+        return cls(time.monotonic() - max(latest_s, time.time() - wall_s))
+
     @classmethod
     def join(cls, controller_origin_s: float, controller: ClockOffset | None = None) -> "RunClock":
         """Count from the controller's start; `controller` is its clock's offset, measured from this process."""
@@ -59,3 +76,8 @@ class RunClock:
     def at_s(self, monotonic_s: float) -> float:
         """Turn a moment of `time.monotonic()` of this process into seconds after the run's start."""
         return monotonic_s - self.origin_s
+
+
+def boot_id() -> str:
+    """Give the name of this start of the host, since which its monotonic clock counts."""
+    return BOOT.read_text().strip()

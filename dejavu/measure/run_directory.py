@@ -1,10 +1,13 @@
 """The directory of one run: who may make it, and what each file in it holds."""
 
+import fcntl
 import json
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +26,8 @@ from dejavu.request import Completion, TokenLogprobs
 RUNS = Path("results/runs")
 TRACE_SPANS = 100_000
 Row = TypeVar("Row")
+DYING_S = 3.0  # that the processes of a run that was lost may take to end
+LOOK_EVERY_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,25 @@ class RunDirectory:
             )
         return self
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only one that sees to this run; UsageError where another process does."""
+        file = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            lock(file, self.path, 0.0)
+            yield
+        finally:
+            os.close(file)
+
+    def check_deserted(self, journal: Path) -> None:
+        """Check that nobody sees to this run nor serves it; UsageError where somebody does, and goes on to."""
+        for path in (self.path, journal):
+            file = os.open(path, os.O_RDONLY)
+            try:
+                lock(file, self.path, DYING_S)
+            finally:
+                os.close(file)
+
     @property
     def run_file(self) -> Path:
         """Name the file that says what was run, where and with what."""
@@ -80,9 +104,17 @@ class RunDirectory:
         return self.path / "result.json"
 
     def write_run(self, description: Mapping[str, Any]) -> None:
-        """Write run.yaml from plain values (see `environment.describe_run`)."""
+        """Write run.yaml from plain values (see `environment.describe_run`); the disk has it then."""
         with replacing(self.run_file) as file:
             yaml.safe_dump(dict(description), file, sort_keys=False, allow_unicode=True, width=120)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_run(self) -> dict[str, Any]:
+        """Read run.yaml; nothing before there is one."""
+        if not self.run_file.exists():
+            return {}
+        return yaml.safe_load(self.run_file.read_text(encoding="utf-8")) or {}
 
     def write_outputs(self, completions: Iterable[Completion]) -> None:
         """Write outputs.jsonl, one line a request in the given order, finished or not."""
@@ -153,6 +185,20 @@ def seen(rows: Iterable[Row], *takers: Callable[[Row], object]) -> Iterator[Row]
         for take in takers:
             take(row)
         yield row
+
+
+def lock(file: int, run: Path, most_s: float) -> None:
+    """Lock an open file of a run until it is closed; UsageError where another process has it for so long."""
+    deadline = time.monotonic() + most_s
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UsageError(f"the run in {run} is still going on: wait for its end, or end it") from None
+            time.sleep(LOOK_EVERY_S)
+        except OSError:  # a file system without locks
+            return None
 
 
 def locate(run: Path) -> Path:

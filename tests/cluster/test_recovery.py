@@ -39,10 +39,10 @@ REQUESTS = [
 
 def serve(directory, *arguments, faults=()):
     """Serve with faults."""
-    return start("serve", directory, *arguments, faults=faults)
+    return start("serve", *arguments, "--out", directory, faults=faults)
 
 
-def start(command, directory, *arguments, faults=()):
+def start(command, *arguments, faults=()):
     """Run a command as a user does; give what ended, and what its processes left behind."""
     prefixes = ("OMPI_", "PMIX_", "PRTE_", "DEJAVU_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
@@ -50,7 +50,7 @@ def start(command, directory, *arguments, faults=()):
     environment |= {MARK: mark, "COLUMNS": "200"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     environment |= {FAULTS: json.dumps([asdict(fault) for fault in faults])}
-    program = [sys.executable, "-m", "dejavu.cli.main", command, *map(str, arguments), "--out", str(directory)]
+    program = [sys.executable, "-m", "dejavu.cli.main", command, *map(str, arguments)]
     done = subprocess.run(
         program, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
@@ -229,7 +229,7 @@ def test_fail_inject_compares_with_a_run_without_failure(tmp_path):
     """Stages that wait instead of computing; the controller and the only stage die."""
     options = ["--model", "gpt2", "--synthetic", "20,10", "--spares", 2, "--num-requests", 2, "--output-len", 60]
     faults = ["--kill", "both:0@step=4", "--kill", "controller@t=0.3"]
-    done = start("fail-inject", tmp_path / "run", *options, *faults, "--no-progress")
+    done = start("fail-inject", *options, *faults, "--no-progress", "--out", tmp_path / "run")
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     last = json.loads(done.stdout.splitlines()[-1])
     assert (last["bench"], sorted(row["target"] for row in last["rows"])) == ("fail-inject", ["controller", "stage 0"])
@@ -260,7 +260,7 @@ def test_lost_run_goes_on_by_hand(base, expected, tmp_path):
     assert done.returncode == 1, done.stderr
     journal = (tmp_path / "run" / "journal.jsonl").read_text()
     assert journal.count('["token"') > len(REQUESTS)
-    again = start("serve", tmp_path / "other", "--resume", tmp_path / "run")
+    again = start("serve", "--resume", tmp_path / "run")
     assert again.returncode == 0, again.stderr
     assert re.search(r"requests go on where they were: [1-9]\d* prompts computed again", again.stdout)
     assert (tmp_path / "run" / "journal.jsonl").read_text().startswith(journal)
@@ -272,12 +272,12 @@ def test_lost_run_goes_on_by_hand_from_replicas_in_files(base, expected, tmp_pat
     """All processes are gone, the keeper too; no prompt is computed again, and no file stays when the run has ended."""
     _, arguments = base
     faults = [Fault(1, "kill", step=6)]
-    kept = ["--replicate", "ring", "--kv-disk", tmp_path / "kv"]
+    kept = ["--kv-disk", tmp_path / "kv"]
     done = serve(tmp_path / "run", *arguments, "--pp", 2, *kept, faults=faults)
     assert done.returncode == 1, done.stderr
     assert done.left == []
     assert len(list((tmp_path / "kv").glob("*/*.kv"))) == 2
-    again = start("serve", tmp_path / "other", "--resume", tmp_path / "run")
+    again = start("serve", "--resume", tmp_path / "run")
     assert again.returncode == 0, again.stderr
     assert "requests go on where they were: 0 prompts computed again" in again.stdout
     assert read_outputs(tmp_path / "run") == expected

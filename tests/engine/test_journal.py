@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import time
+from contextlib import closing
+
+import pytest
 
 from dejavu.engine.journal import Journal, read_journal
 from dejavu.engine.messages import Admission, SampledToken
+from dejavu.errors import DejavuError, UsageError
+from dejavu.measure.clock import RunClock
 from dejavu.request import FinishReason, Request, SamplingParams, TokenLogprobs
 
 REQUESTS = [
@@ -17,7 +25,7 @@ REQUESTS = [
 
 def write(path):
     journal = Journal(path)
-    journal.note("start", 12.5)
+    journal.note("start", 12.5, 1000.5, "boot")
     for request in REQUESTS:
         journal.note_request(request)
     journal.note("complete")
@@ -37,7 +45,8 @@ def write(path):
 def test_everything_comes_back(tmp_path):
     write(tmp_path / "journal")
     past = read_journal(tmp_path / "journal")
-    assert (past.origin_s, past.is_complete, past.steps) == (12.5, True, [[1, 2], [3]])
+    assert (past.origin_s, past.origin) == (12.5, (1000.5, "boot"))
+    assert (past.is_complete, past.steps) == (True, [[1, 2], [3]])
     assert [progress.completion.request for progress in past.requests.values()] == REQUESTS
     assert [progress.completion.request.request_id for progress in past.unfinished] == ["a", "c"]
     first, second, third = past.requests.values()
@@ -54,7 +63,7 @@ def test_everything_comes_back(tmp_path):
 def test_journal_that_was_cut_anywhere_is_read_as_far_as_it_goes(tmp_path):
     write(tmp_path / "whole")
     data = (tmp_path / "whole").read_bytes()
-    for cut in range(len(data)):
+    for cut in (*range(0, len(data), 9), *(at + 1 for at, byte in enumerate(data) if byte == ord("\n"))):
         (tmp_path / "cut").write_bytes(data[:cut])
         past = read_journal(tmp_path / "cut")
         whole = data[:cut].count(b"\n")
@@ -66,3 +75,57 @@ def test_no_file_is_no_past(tmp_path):
     past = read_journal(tmp_path / "none")
     assert not past.requests
     assert not past.is_complete
+
+
+def test_what_power_left_at_the_end_is_cut_off_before_further_lines(tmp_path):
+    write(tmp_path / "journal")
+    lines = (tmp_path / "journal").read_bytes().splitlines(keepends=True)
+    for tail in (lines[-1][:-3], bytes(40), b"\n" * 3, lines[-1].replace(b"7", b"8")):
+        (tmp_path / "torn").write_bytes(b"".join(lines[:-1]) + tail)
+        past = read_journal(tmp_path / "torn")
+        assert past.num_bytes == len(b"".join(lines[:-1]))
+        with closing(Journal(tmp_path / "torn", past.num_bytes)) as journal:
+            journal.note("complete")
+        assert (tmp_path / "torn").read_bytes() == b"".join(lines[:-1]) + lines[4]
+
+
+def test_corrupted_line_amid_others_is_refused(tmp_path):
+    write(tmp_path / "journal")
+    lines = (tmp_path / "journal").read_bytes().splitlines(keepends=True)
+    number = next(index for index, line in enumerate(lines) if line.startswith(b'["token"'))
+    for broken in (lines[number].replace(b"40", b"41", 1), b"\0" * 9 + b"\n", b"[]\n"):
+        (tmp_path / "torn").write_bytes(b"".join([*lines[:number], broken, *lines[number + 1 :]]))
+        with pytest.raises(UsageError, match=f"line {number + 1} of .* is corrupted: restore it"):
+            read_journal(tmp_path / "torn")
+
+
+def test_only_one_process_writes_a_journal(tmp_path, monkeypatch):
+    monkeypatch.setattr("dejavu.engine.journal.LOCK_S", 0.05)
+    with closing(Journal(tmp_path / "journal")), pytest.raises(UsageError, match="is still going on"):
+        Journal(tmp_path / "journal")
+    Journal(tmp_path / "journal").close()
+
+
+def test_a_disk_that_is_full_ends_the_run_with_how_to_go_on(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal")
+    journal.note("complete")
+    with monkeypatch.context() as patch:
+        patch.setattr("dejavu.engine.journal.os.write", lambda *_: raise_full())
+        with pytest.raises(DejavuError, match=r"No space left.*--resume"):
+            journal.flush()
+    journal.close()
+
+
+def raise_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_clock_goes_on_after_the_host_was_started_again(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    journal.note("start", time.monotonic() + 1e6, time.time() - 60, "another boot")
+    journal.close()
+    assert read_journal(tmp_path / "journal").clock().now_s() == pytest.approx(60, abs=5)
+    set_back = RunClock.resume(0.0, time.time() + 500, "another boot", 7.0)
+    assert set_back.now_s() == pytest.approx(7, abs=5)
+    clock = RunClock.start()
+    assert RunClock.resume(*clock.describe(), 0.0) == clock
