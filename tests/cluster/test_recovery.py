@@ -4,17 +4,26 @@ import json
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dejavu.cluster.injection import FAULTS, Fault
+from dejavu.engine.journal import make_line, read_line
+from dejavu.kv.disk import HEAD, HEADER_BYTES, find_rows, tokens_begin, unpack_header
+from dejavu.kv.layout import PoolLayout
 from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import read_csv
+from dejavu.transport.lifeline import process_state
 from tests.measure.trace_processor import loaded
 from tests.model_zoo import make_checkpoint
 
@@ -44,18 +53,28 @@ def serve(directory, *arguments, faults=()):
 
 def start(command, *arguments, faults=()):
     """Run a command as a user does; give what ended, and what its processes left behind."""
+    mark, environment = marked(faults)
+    program = [sys.executable, "-m", "dejavu.cli.main", command, *map(str, arguments)]
+    done = subprocess.run(
+        program, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    done.left = processes(mark)
+    return done
+
+
+def marked(faults):
+    """Give what marks the processes of a job, and their environment."""
     prefixes = ("OMPI_", "PMIX_", "PRTE_", "DEJAVU_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     mark = secrets.token_hex(8)
     environment |= {MARK: mark, "COLUMNS": "200"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    environment |= {FAULTS: json.dumps([asdict(fault) for fault in faults])}
-    program = [sys.executable, "-m", "dejavu.cli.main", command, *map(str, arguments)]
-    done = subprocess.run(
-        program, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
-    )
-    done.left = [path for path in Path("/proc").glob("[0-9]*") if has_mark(path, f"{MARK}={mark}".encode())]
-    return done
+    return mark, environment | {FAULTS: json.dumps([asdict(fault) for fault in faults])}
+
+
+def processes(mark):
+    """List the processes of a job."""
+    return [path for path in Path("/proc").glob("[0-9]*") if has_mark(path, f"{MARK}={mark}".encode())]
 
 
 def has_mark(process, mark):
@@ -268,18 +287,102 @@ def test_lost_run_goes_on_by_hand(base, expected, tmp_path):
     assert done.left == again.left == []
 
 
-def test_lost_run_goes_on_by_hand_from_replicas_in_files(base, expected, tmp_path):
-    """All processes are gone, the keeper too; no prompt is computed again, and no file stays when the run has ended."""
+ALL_KILLED = {
+    # stages that swap behind a prompt pipeline; and stages of which one has a request's first token broken on its disk
+    "swapped-disaggregated": (["--prompt-pp", 1, "--token-pp", 2, "--num-microbatches", 3, "--swap"], 2, 0),
+    "broken": (["--pp", 2], 1, 1),
+}
+
+
+@pytest.mark.parametrize("case", ALL_KILLED)
+def test_run_goes_on_after_the_host_was_started_again(base, expected, tmp_path, case):
+    """Every process is killed at once, the keeper and the supervisor too, and clocks begin anew."""
     _, arguments = base
-    faults = [Fault(1, "kill", step=6)]
-    kept = ["--kv-disk", tmp_path / "kv"]
-    done = serve(tmp_path / "run", *arguments, "--pp", 2, *kept, faults=faults)
-    assert done.returncode == 1, done.stderr
-    assert done.left == []
-    assert len(list((tmp_path / "kv").glob("*/*.kv"))) == 2
-    again = start("serve", "--resume", tmp_path / "run")
-    assert again.returncode == 0, again.stderr
-    assert "requests go on where they were: 0 prompts computed again" in again.stdout
-    assert read_outputs(tmp_path / "run") == expected
-    assert list((tmp_path / "kv").iterdir()) == []
+    options, rank, num_recomputed = ALL_KILLED[case]
+    run, kv = tmp_path / "run", tmp_path / "kv"
+    kill_all(run, *arguments, *options, "--kv-disk", kv, rank=rank)
+    restart_clock(run / "journal.jsonl")
+    if num_recomputed:
+        break_first_token(next(kv.glob("*/0.1.0.kv")))
+    again = start("serve", "--resume", run)
+    said = f"{again.stdout}\n{again.stderr}"
+    assert again.returncode == 0, said
+    assert f"requests go on where they were: {num_recomputed} prompts computed again" in said, said
+    assert ("fail their checksums" in said) == bool(num_recomputed), said
+    assert read_outputs(run) == expected
+    assert list(kv.iterdir()) == []
     assert again.left == []
+
+
+def kill_all(directory, *arguments, rank):
+    """Serve until a rank has stopped by itself after some steps; kill every process of the job, with what it leaves."""
+    mark, environment = marked([Fault(rank, "stop", step=12)])
+    program = [sys.executable, "-m", "dejavu.cli.main", "serve", *map(str, arguments), "--out", str(directory)]
+    deadline = time.monotonic() + DEADLINE_S
+    with (
+        tempfile.TemporaryDirectory(prefix="dv", ignore_cleanup_errors=True) as files,
+        (directory.parent / "said").open("w") as said,
+        subprocess.Popen(
+            program, env={**environment, "TMPDIR": files}, cwd=REPOSITORY, stdout=said, stderr=said
+        ) as job,
+    ):
+        while not any(map(is_stopped, processes(mark))):
+            assert job.poll() is None, (directory.parent / "said").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.5)  # others have passed on what they had
+        refused = start("serve", "--resume", directory)
+        assert (refused.returncode, "is still going on" in refused.stderr) == (2, True), refused.stderr
+        segments = {path for process in processes(mark) for path in mapped_segments(process)}
+        while left := processes(mark):
+            for path in left:
+                with suppress(ProcessLookupError):
+                    os.kill(int(path.name), signal.SIGKILL)
+            job.poll()
+        for path in segments:
+            path.unlink(missing_ok=True)
+    assert (directory / "journal.jsonl").read_text().count('["token"') > len(REQUESTS)
+
+
+def mapped_segments(process):
+    """List the shared-memory files that a process has mapped."""
+    try:
+        paths = [Path(line.split()[5]) for line in (process / "maps").read_text().splitlines() if "/dev/shm/" in line]
+    except OSError:
+        return []
+    return [path for path in paths if path.exists()]
+
+
+def is_stopped(process):
+    try:
+        return process_state(int(process.name)) == "T"
+    except OSError:
+        return False
+
+
+def restart_clock(journal):
+    """Have a journal say that its run began on another start of the host, whose clock was far ahead of this one's."""
+    first, rest = journal.read_bytes().split(b"\n", 1)
+    kind, origin_s, wall_s, _ = read_line(first + b"\n")
+    journal.write_bytes(make_line([kind, origin_s + 1e6, wall_s, "another"]).encode() + rest)
+
+
+def break_first_token(path):
+    """Change a bit of the first token of some request of which the file has more than two."""
+    data = bytearray(path.read_bytes())
+    layout = PoolLayout(**unpack_header(data[:HEADER_BYTES])[1]["layout"])
+    size = layout.block_size
+    row = next(iter(find_rows(np.frombuffer(data, HEAD, layout.num_blocks * size, HEADER_BYTES), size).values()))
+    data[tokens_begin(layout) + row.blocks[0] * size * layout.bytes_per_token + 5] ^= 16
+    path.write_bytes(data)
+
+
+def test_what_cannot_go_on_is_refused(base, expected, tmp_path):
+    directory, _ = base
+    for arguments, said in (
+        ([tmp_path / "none"], "holds no run that could go on"),
+        ([directory / "whole"], "has ended well: there is nothing to go on with"),
+        ([directory / "whole", "--pp", 4], "leave out pp"),
+    ):
+        done = start("serve", "--resume", *arguments)
+        assert (done.returncode, said in " ".join(done.stderr.split())) == (2, True), done.stderr
