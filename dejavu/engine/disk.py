@@ -18,7 +18,7 @@ from typing import NamedTuple
 from dejavu.device.base import Buffer, Stream
 from dejavu.device.cpu_copy import array_at
 from dejavu.device.pieces import Pieces
-from dejavu.engine.handover import LOOK_EVERY_S, NoMover
+from dejavu.engine.handover import LOOK_EVERY_S, NoMover, RunTime
 from dejavu.engine.messages import Admission, Expect, Report, Work
 from dejavu.engine.replication import ReplicaSource, note_pass
 from dejavu.kv.disk import Bytes, KvFile, Loaded, fit, load
@@ -237,14 +237,18 @@ class DiskMover(NoMover):
             with suppress(OSError):
                 self.file.path.unlink()
 
-    def report(self, report: Report, rank: int, run_time: Callable[[float], float]) -> Report:
+    def report(self, report: Report, rank: int, run_time: RunTime) -> Report:
         """Add a record for each write."""
         self.look()
-        moved = [
+        return replace(report, transfers=report.transfers + self.take_transfers(rank, run_time))
+
+    def take_transfers(self, rank: int, run_time: RunTime) -> list[TransferRecord]:
+        """Give a record for each write that has ended since the last call."""
+        written, self.written = self.written, []
+        return [
             TransferRecord(rank, NAME, NAME, rank, rank, each.nbytes, run_time(each.start_s), run_time(each.end_s))
-            for each in self.written
+            for each in written
         ]
-        return replace(report, transfers=report.transfers + moved)
 
     def close(self) -> None:
         """Finish the writes that have begun, and let go of the file; another process may have it then."""
