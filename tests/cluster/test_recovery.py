@@ -315,7 +315,7 @@ def test_run_goes_on_after_the_host_was_started_again(base, expected, tmp_path, 
 
 
 def kill_all(directory, *arguments, rank):
-    """Serve until a rank has stopped by itself after some steps; kill every process of the job, with what it leaves."""
+    """Serve until a rank has stopped by itself after some steps; kill every process of the job."""
     mark, environment = marked([Fault(rank, "stop", step=12)])
     program = [sys.executable, "-m", "dejavu.cli.main", "serve", *map(str, arguments), "--out", str(directory)]
     deadline = time.monotonic() + DEADLINE_S
@@ -333,24 +333,12 @@ def kill_all(directory, *arguments, rank):
         time.sleep(0.5)  # others have passed on what they had
         refused = start("serve", "--resume", directory)
         assert (refused.returncode, "is still going on" in refused.stderr) == (2, True), refused.stderr
-        segments = {path for process in processes(mark) for path in mapped_segments(process)}
         while left := processes(mark):
             for path in left:
                 with suppress(ProcessLookupError):
                     os.kill(int(path.name), signal.SIGKILL)
             job.poll()
-        for path in segments:
-            path.unlink(missing_ok=True)
     assert (directory / "journal.jsonl").read_text().count('["token"') > len(REQUESTS)
-
-
-def mapped_segments(process):
-    """List the shared-memory files that a process has mapped."""
-    try:
-        paths = [Path(line.split()[5]) for line in (process / "maps").read_text().splitlines() if "/dev/shm/" in line]
-    except OSError:
-        return []
-    return [path for path in paths if path.exists()]
 
 
 def is_stopped(process):
