@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 HELP = """Show runs as a page that opens from disk: one run, or several side by side with ratios.
 
-RUN is a directory that a command wrote, or its name under results/runs. Runs that differ in nothing but the seed count
-as repeats of each other, and get confidence intervals."""
+RUN is a directory that a command wrote, or its name under results/runs; one of `fail-inject` stands for the runs in it.
+Runs that differ in nothing but the seed count as repeats of each other, and get confidence intervals."""
 
 
 @click.command(cls=rich_click.RichCommand, help=HELP)
@@ -48,22 +49,36 @@ def show_list() -> int:
     """List the runs of the current directory, newest last."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from dejavu.measure.report.runs import find_runs, read_run
-    from dejavu.measure.report.words import sentences
+    from dejavu.measure.report.runs import find_runs
 
-    table = Table("run", "outcome", "what", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("run", min_width=15, overflow="fold")
+    table.add_column("started", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    table.add_column("tokens/s", no_wrap=True, justify="right")
+    table.add_column("what", min_width=20)
     for path in find_runs(RUNS):
-        try:
-            run = read_run(path)
-        except UsageError as error:
-            table.add_row(path.name, "unreadable", str(error))
-            continue
-        table.add_row(run.name, run.outcome, " ".join(sentences(run.config, run.description))[:160])
+        table.add_row(*map(Text, list_cells(path)))
     if not table.row_count:
         raise UsageError(f"{RUNS} holds no runs: `dejavu serve demo.yaml` makes one")
     Console().print(table)
     return 0
+
+
+def list_cells(path: Path) -> tuple[str, str, str, str, str]:
+    """Give a run's line of the list: of one that went wrong what the matter was, else what was run."""
+    from dejavu.measure.render import format_number
+    from dejavu.measure.report.runs import read_head
+    from dejavu.measure.report.words import brief
+
+    try:
+        run = read_head(path)
+    except UsageError as error:
+        return str(path.relative_to(RUNS)), "", "unreadable", "", str(error)
+    rate = format_number(run.summary.get("tokens_per_s", math.nan))
+    return run.name, run.started, run.outcome, rate, str(run.result.get("error") or brief(run.config))
 
 
 def print_csv(runs: "list[Run]") -> int:
@@ -87,6 +102,11 @@ def print_markdown(runs: "list[Run]") -> int:
     return 0
 
 
+def joined_name(runs: "list[Run]") -> str:
+    """Name the directory of a report of several runs."""
+    return "+".join(run.name.replace("/", "-") for run in runs)[:120]
+
+
 def write(runs: "list[Run]", out: Path | None, png: bool) -> int:
     """Write the page and the pictures; the last line is JSON."""
     from dejavu.measure.report.charts import comparison_figures, run_figures
@@ -95,7 +115,7 @@ def write(runs: "list[Run]", out: Path | None, png: bool) -> int:
     from dejavu.measure.report.page import comparison_page, first_runs, run_page
 
     single = len(runs) == 1
-    directory = out or (runs[0].path if single else RUNS.parent / "reports" / "+".join(run.name for run in runs)[:120])
+    directory = out or (runs[0].path if single else RUNS.parent / "reports" / joined_name(runs))
     try:
         (directory / "plots" if png else directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,7 +18,7 @@ from dejavu.benchmarks.figures import read_plans
 from dejavu.cluster.resilience import LatencyRow, ProgressRow
 from dejavu.config import ServeConfig, load_config
 from dejavu.measure.failures import FailureRecord
-from dejavu.measure.records import RankRecord, RequestRecord, StepRecord, TransferRecord
+from dejavu.measure.records import CeilingRecord, RankRecord, RequestRecord, StepRecord, TransferRecord
 from dejavu.measure.summary import summarize
 from dejavu.model.resolve import resolve_model
 from dejavu.topology import build_topology, required_ranks
@@ -147,6 +147,7 @@ def table_names(title):
         ("steps.csv", StepRecord),
         ("transfers.csv", TransferRecord),
         ("ranks.csv", RankRecord),
+        ("ceilings.csv", CeilingRecord),
     ],
 )
 def test_every_column_is_explained_in_order(title, record):

@@ -30,6 +30,7 @@ from dejavu.cluster.site import Holdings, Site, dtype_of, make_empty_pool, rank_
 from dejavu.cluster.stores import remove_store
 from dejavu.device.base import Device
 from dejavu.device.vault import Vault
+from dejavu.engine.ceilings import measure_ceilings
 from dejavu.engine.messages import Ready, RecordChunk, Report
 from dejavu.engine.ring import memory_prefixes
 from dejavu.engine.setup import EngineSetup
@@ -116,12 +117,13 @@ class Participant:
             worker.run()
             report = Report(recorder.steps, holdings.meter.read(), worker.flights.host_us_per_step)
             recorder.add_transfers(mover.report(report, channel.rank, clock.at_s).transfers)
+            ceilings = measure_ceilings(device, recorder.sizes, channel.rank)
             self.hand_in()
             if site.vault:  # the run is over: the job's next engine must not take this one's memory for its own
                 for prefix in memory_prefixes(placement):
                     site.vault.drop(prefix)
                 remove_store(self.setup, placement)
-            channel.send(CONTROLLER, replace(report, transfers=recorder.transfers))
+            channel.send(CONTROLLER, replace(report, transfers=recorder.transfers, ceilings=ceilings))
 
     def hand_in(self) -> None:
         """Bring all records to where they stay; those that only this host sees go to the controller."""

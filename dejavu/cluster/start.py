@@ -32,7 +32,7 @@ from dejavu.engine.sizing import CacheSize, check_host_memory, describe_capacity
 from dejavu.errors import PeerLostError, RunLostError, UsageError
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
 from dejavu.measure.parts import keep_chunk, read_steps, read_transfers, remove_parts
-from dejavu.measure.records import RankRecord, write_csv
+from dejavu.measure.records import CeilingRecord, RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
 from dejavu.measure.summary import Limits, Summary
 from dejavu.measure.trace import Tracks
@@ -331,6 +331,8 @@ def write_results(directory: RunDirectory, job: Job, completions: list[Completio
         trace_spans=setup.config.trace_spans,
     )
     write_csv(directory.path / "ranks.csv", rank_records(setup.topology, outcome), RankRecord)
+    if ceilings := [ceiling for report in outcome.reports.values() for ceiling in report.ceilings]:
+        write_csv(directory.path / "ceilings.csv", ceilings, CeilingRecord)
     remove_parts(directory.path)
     directory.write_status({**(directory.read_status() or {}), "state": "done"})
     return summary

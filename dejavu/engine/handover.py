@@ -1,7 +1,9 @@
 """The KV of finished prompts on its way from the prompt pipeline to the token pipeline, on either side's ranks."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 from dejavu.device.base import Stream
 from dejavu.engine.messages import Admission, Expect, Moved, Report, Work
@@ -15,6 +17,8 @@ from dejavu.transport.carrier import Carrier, Transfer
 from dejavu.transport.mpi import Channel
 
 LOOK_EVERY_S = 0.5e-3  # while something is on its way
+KIND = "handover"  # in the records
+PEERS_FROM = 1  # the world rank of the carrier's rank 0: the controller has no part in it
 
 LayerDone = Callable[[int], None]
 RunTime = Callable[[float], float]
@@ -145,6 +149,13 @@ class SyntheticMover(NoMover):
         return float("inf")
 
 
+class Leaving(NamedTuple):
+    """Hold what of a prompt each rank of the carrier gets, and when its first layer was computed."""
+
+    peer_bytes: Mapping[int, int]
+    start_s: float
+
+
 class PoolMover(NoMover):
     """Move prompts' KV in or out of one rank's pool, and tell the controller of each that has moved."""
 
@@ -159,6 +170,8 @@ class PoolMover(NoMover):
         self.level = level
         self.stream = stream
         self.transfers: dict[int, Transfer] = {}  # by the request's serial
+        self.leaving: dict[int, Leaving] = {}  # by the request's serial, from the first layer on, on a prompt rank
+        self.left: list[tuple[Leaving, float]] = []  # and when the last layer was there
 
     def look(self) -> float:
         """Free and report what has moved; raise the error of a transfer that failed."""
@@ -167,7 +180,11 @@ class PoolMover(NoMover):
                 raise error
             self.pool.release(serial)
             self.channel.send(CONTROLLER, Moved(serial))
+            self.concluded(serial)
         return LOOK_EVERY_S if self.transfers else float("inf")
+
+    def concluded(self, serial: int) -> None:
+        """Take note that a prompt has moved."""
 
 
 class PromptMover(PoolMover):
@@ -175,13 +192,34 @@ class PromptMover(PoolMover):
 
     def begin(self, work: Work) -> LayerDone | None:
         """Make a streamer for each prompt of the pass that goes on elsewhere."""
-        streamers = [self.make_streamer(admission) for admission in work.admissions if admission.handover]
+        streamers = {a.serial: self.make_streamer(a) for a in work.admissions if a.handover}
 
         def layer_done(layer: int) -> None:
-            for streamer in streamers:
+            for serial, streamer in streamers.items():
+                if serial not in self.leaving:
+                    self.leaving[serial] = Leaving(streamer.peer_bytes, time.monotonic())
                 streamer.layer_done(layer)
 
         return layer_done if streamers else None
+
+    def concluded(self, serial: int) -> None:
+        """Note how long it took from the first layer on."""
+        if leaving := self.leaving.pop(serial, None):
+            self.left.append((leaving, time.monotonic()))
+
+    def report(self, report: Report, rank: int, run_time: RunTime) -> Report:
+        """Add the records of what has moved since they were taken."""
+        return replace(report, transfers=report.transfers + self.take_transfers(rank, run_time))
+
+    def take_transfers(self, rank: int, run_time: RunTime) -> list[TransferRecord]:
+        """Give a record for each prompt and token rank."""
+        left, self.left = self.left, []
+        name = self.carrier.name
+        return [
+            TransferRecord(rank, KIND, name, rank, peer + PEERS_FROM, n, run_time(leaving.start_s), run_time(end_s))
+            for leaving, end_s in left
+            for peer, n in leaving.peer_bytes.items()
+        ]
 
     def make_streamer(self, admission: Admission) -> LayerStreamer:
         """Prepare to send one prompt's layers."""

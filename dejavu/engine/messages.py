@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dejavu.measure.cpu import CpuUsage
-from dejavu.measure.records import StepKind, StepRecord, TransferRecord
+from dejavu.measure.records import CeilingRecord, StepKind, StepRecord, TransferRecord
 from dejavu.request import Request, TokenLogprobs
 
 
@@ -217,3 +217,4 @@ class Report:
     cpu: CpuUsage
     host_us_per_step: float  # that its thread takes for a pass; on a CPU it is computed in it
     transfers: list[TransferRecord] = field(default_factory=list)
+    ceilings: list[CeilingRecord] = field(default_factory=list)

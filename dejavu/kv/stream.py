@@ -160,7 +160,7 @@ class LayerStreamer:
 
     At the levels below `layered` everything leaves after the last layer; from there on each layer, or as many as make
     up `message_bytes` (on both sides alike; 0 is as the carrier has it), since a message costs the same however small
-    it is. `handle` is done once all layers were sent.
+    it is. `handle` is done once all layers were sent; `peer_bytes` says how much each rank gets.
     """
 
     def __init__(
@@ -186,6 +186,9 @@ class LayerStreamer:
         self._end = pool.layout.window.last_layer
         self._unsent = deque(sorted(messages, key=lambda message: message.window.last_layer))
         self.handle = Handle(count_bytes(self._unsent), len(self._unsent))
+        self.peer_bytes: dict[int, int] = {}
+        for message in self._unsent:
+            self.peer_bytes[message.peer] = self.peer_bytes.get(message.peer, 0) + message.pieces.total_bytes
 
     def layer_done(self, layer: int) -> None:
         """Send what is complete with this layer (the model's number), behind the work that the stream has now.

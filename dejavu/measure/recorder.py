@@ -1,5 +1,6 @@
 """Where a worker's records go while it serves: into memory, for a report at the end, or into files as they come."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -7,12 +8,24 @@ from typing import Protocol
 from dejavu.measure.parts import STEPS, TRANSFERS, GrowingFile, new_name, parts_of
 from dejavu.measure.records import StepRecord, TransferRecord
 
+MOST_SIZES = 1000  # of transfers of one kind that are remembered
+
+
+class Sizes(dict[tuple[str, str], deque[int]]):
+    """Hold the bytes of the last transfers, by kind and carrier."""
+
+    def note(self, transfer: TransferRecord) -> None:
+        """Take a transfer of any bytes."""
+        if transfer.bytes:
+            self.setdefault((transfer.kind, transfer.transport), deque(maxlen=MOST_SIZES)).append(transfer.bytes)
+
 
 class Recorder(Protocol):
     """Take records; what lies in memory at the end goes into the report."""
 
     steps: list[StepRecord]
     transfers: list[TransferRecord]
+    sizes: Sizes
 
     def add_step(self, step: StepRecord) -> None:
         """Take a pass."""
@@ -36,6 +49,7 @@ class MemoryRecorder:
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
         self.transfers: list[TransferRecord] = []
+        self.sizes = Sizes()
 
     def add_step(self, step: StepRecord) -> None:
         """Take a pass."""
@@ -43,7 +57,9 @@ class MemoryRecorder:
 
     def add_transfers(self, transfers: Iterable[TransferRecord]) -> None:
         """Take transfers."""
-        self.transfers += transfers
+        for transfer in transfers:
+            self.transfers.append(transfer)
+            self.sizes.note(transfer)
 
     def flush(self) -> None:
         """Have no better place."""
@@ -66,6 +82,7 @@ class FileRecorder:
         """Write to the parts of a run `directory`."""
         self.steps: list[StepRecord] = []  # none: they are in the files
         self.transfers: list[TransferRecord] = []
+        self.sizes = Sizes()
         self.is_shared = directory.is_dir()
         name = new_name()
         names = [f"{name}.steps", f"{name}.transfers"]
@@ -85,6 +102,7 @@ class FileRecorder:
         """Take transfers."""
         for transfer in transfers:
             self.transfer_file.add(transfer)
+            self.sizes.note(transfer)
 
     def flush(self) -> None:
         """Write what was taken."""

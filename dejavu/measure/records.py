@@ -100,6 +100,17 @@ class TransferRecord:
 
 
 @dataclass(slots=True)
+class CeilingRecord:
+    """Say what plain copies of `bytes` reach on `rank`, beside which its transfers of that kind are held."""
+
+    rank: int
+    kind: str
+    transport: str
+    bytes: int  # of the median transfer of that kind
+    gbps: float  # GB/s, of 1e9 bytes
+
+
+@dataclass(slots=True)
 class RankRecord:
     """Say how much processor time one rank took while serving: 0.05 of a core is a rank that waits without spinning.
 

@@ -70,12 +70,17 @@ def test_same_as_transformers(world, reference_of, combination):
     reference = reference_of(combination["kind"])
     config = make_config(reference.directory, combination)
     assert required_ranks(config) <= world.size
-    completions, _ = world.serve(config, lambda controller: generate(controller, reference.requests))
+    completions, outcome = world.serve(config, lambda controller: generate(controller, reference.requests))
     assert [tuple(c.token_ids) for c in completions] == list(reference.token_ids)
     assert [c.finish_reason for c in completions] == list(reference.reasons)
     handed_over = [c for c in completions if len(c.token_ids) > 1]
     assert all(c.first_token_s <= c.token_start_s <= c.finish_s for c in handed_over)
     assert all(c.was_handed_over and c.handover_s >= 0 and c.row_wait_s >= 0 for c in handed_over)
+    moves = [move for report in outcome.reports.values() for move in report.transfers]
+    first_token_rank = 1 + config.prompt_pp * config.prompt_tp
+    assert {(move.kind, move.transport) for move in moves} == {("handover", config.transport)}
+    assert all(move.source < first_token_rank <= move.target and move.start_s <= move.end_s for move in moves)
+    assert sum(move.bytes for move in moves) % sum(len(c.request.prompt_token_ids) for c in handed_over) == 0
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -15,15 +15,18 @@ METRICS = {
     "tokens_per_s": "tokens/s",
     "requests_per_s": "requests/s",
     "makespan_s": "makespan, s",
-    "p50_ttft_s": "time to first token, p50, s",
-    "p95_ttft_s": "time to first token, p95, s",
-    "p50_tpot_s": "time per later token, p50, s",
-    "p95_tpot_s": "time per later token, p95, s",
-    "p50_normalized_latency_s": "latency per output token, p50, s",
-    "p95_normalized_latency_s": "latency per output token, p95, s",
+    "p50_ttft_s": "time to first token, p50, ms",
+    "p95_ttft_s": "time to first token, p95, ms",
+    "p50_tpot_s": "time per later token, p50, ms",
+    "p95_tpot_s": "time per later token, p95, ms",
+    "p50_normalized_latency_s": "latency per output token, p50, ms",
+    "p95_normalized_latency_s": "latency per output token, p95, ms",
+    "p95_handover_s": "exposed hand-over of KV, p95, ms",
+    "p95_row_wait_s": "wait for a token row, p95, ms",
     "peak_kv_bytes": "peak KV, MiB",
 }
-SCALES = {"peak_kv_bytes": 2.0**-20}  # to the unit of the title, where it is not the column's
+# To the unit of the title, where it is not the column's.
+SCALES = {name: 1e3 for name in METRICS if name.startswith("p")} | {"peak_kv_bytes": 2.0**-20}
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; beyond the table the normal's.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 NORMAL_95 = 1.96
@@ -93,9 +96,11 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def signature(run: Run) -> str:
-    """Give what repeats have in common."""
+    """Give what repeats have in common; a run with a failure is no repeat of one without."""
     config = {name: value for name, value in run.config.items() if name not in SAME_WHATEVER}
-    return json.dumps([config, run.description.get("git"), run.machine], sort_keys=True, default=str)
+    return json.dumps(
+        [bool(run.failures), config, run.description.get("git"), run.machine], sort_keys=True, default=str
+    )
 
 
 def varying_options(configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from dejavu.measure.render import format_seconds
 from dejavu.measure.report.charts import comparison_figures, run_figures
 from dejavu.measure.report.compare import Group, group_runs
 from dejavu.measure.report.figures import Figure, css_variables, to_svg
@@ -29,7 +30,9 @@ p{margin:.4rem 0}.faint{color:var(--faint);font-size:.9rem;overflow-wrap:anywher
 figure{margin:1.2rem 0}figcaption{font-weight:600;margin-bottom:.2rem}
 svg,figure img{width:100%;height:auto;display:block}.narrow{display:none}
 figure img{background:#fff;border-radius:.4rem}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto}
+:focus-visible{outline:2px solid var(--s0)}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid var(--grid);vertical-align:top}
 th{color:var(--faint);font-weight:500}.number{text-align:right;white-space:nowrap}
 th.number{white-space:normal}td:first-child:not(.number){min-width:7.5rem}
@@ -44,7 +47,7 @@ TILES = ("requests", "throughput", "time to first token", "time per later token"
 
 def run_page(run: Run) -> str:
     """Give the page of one run."""
-    parts = [heading(run), *(f"<p>{escape(line)}</p>" for line in sentences(run.config, run.description))]
+    parts = [heading(run), *(f"<p>{escape(line)}</p>" for line in run_sentences(run))]
     tables = run_tables(run)
     parts += [tiles(table) for table in tables if table.title == "Summary"]
     if run.failures:
@@ -56,16 +59,21 @@ def run_page(run: Run) -> str:
     return page(run.name, [*parts, options_html(run)])
 
 
+def run_sentences(run: Run) -> list[str]:
+    """Say in words what was run; nothing where the run ended before it wrote that."""
+    return sentences(run.config, run.description) if run.description else []
+
+
 def comparison_page(runs: Sequence[Run]) -> str:
     """Give the page of several runs side by side; the first configuration is what the others are compared with."""
     groups = group_runs(runs)
-    title = f"{len(runs)} runs side by side"
+    title = f"{len(runs)} runs side by side" + (f" in {len(groups)} configurations" if len(groups) < len(runs) else "")
     note = "Ratios are to the first column; ± is half of a 95 % confidence interval over repeats, where there are any."
     parts = [f"<h1>{title}</h1>", f'<p class="faint">{note}</p>', table_html(comparison_table(groups))]
     parts += [figure_html(figure) for figure in comparison_figures(first_runs(groups))]
     for group in groups:
         parts.append(f"<h2>{escape(group.label)}</h2>")
-        parts += [f"<p>{escape(line)}</p>" for line in sentences(group.runs[0].config, group.runs[0].description)]
+        parts += [f"<p>{escape(line)}</p>" for line in run_sentences(group.runs[0])]
         parts += [f'<p class="faint">{escape(origin(run))}</p>' for run in group.runs]
     return page(title, parts)
 
@@ -78,22 +86,38 @@ def first_runs(groups: Sequence[Group]) -> dict[str, Run]:
 def heading(run: Run) -> str:
     """Name the run, how it ended, and where it came from."""
     badge = f'<span class="badge {escape(run.outcome)}">{escape(run.outcome)}</span>'
-    error = f'<p class="error">{escape(str(run.result["error"]))}</p>' if run.result.get("error") else ""
+    error = f'<p class="error">{escape(str(run.result["error"]))}{progress(run)}</p>' if run.result.get("error") else ""
     return f'<h1>{escape(run.name)} {badge}</h1><p class="faint">{escape(origin(run))}</p>{error}'
+
+
+def progress(run: Run) -> str:
+    """Say how far a run was that did not come to its end."""
+    status = run.status
+    if "requests_done" not in status:
+        return ", before anything was served"
+    done = f"{status['requests_done']} of {status['requests_total']} requests were done"
+    return f", after {format_seconds(status['elapsed_s'])}: {done}, {status['tokens_out']} tokens had been given out"
 
 
 def origin(run: Run) -> str:
     """Say when, on what and with which commit a run was made."""
-    commit = f" · commit {run.commit}" if run.commit else ""
-    return f"{run.name} · {run.started} · {run.machine}{commit}"
+    commit = f"commit {run.commit}" if run.commit else ""
+    machine = run.machine if run.description else ""
+    return " · ".join(part for part in (run.name, run.started, machine, commit) if part)
 
 
 def tiles(table: TextTable) -> str:
     """Show the numbers that people look for first."""
     cells = {row[0]: row[1] for row in table.rows}
     shown = [(name, cells[name]) for name in TILES if name in cells]
-    items = (f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b></div>' for name, value in shown)
-    return f'<div class="tiles">{"".join(items)}</div>'
+    return f'<div class="tiles">{"".join(tile(name, value) for name, value in shown)}</div>'
+
+
+def tile(name: str, value: str) -> str:
+    """Show one number, and what belongs to a median below it."""
+    value, _, rest = value.partition(", ") if " median, " in value else (value, "", "")
+    below = f"<span>{escape(rest)}</span>" if rest else ""
+    return f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>{below}</div>'
 
 
 def figure_html(figure: Figure) -> str:
@@ -114,8 +138,10 @@ def table_html(table: TextTable) -> str:
     heads = "".join(cell_html("th", head, is_right) for head, is_right in zip(table.heads, numeric, strict=True))
     rows = (zip(row, numeric, strict=True) for row in table.rows)
     body = "".join(f"<tr>{''.join(cell_html('td', cell, is_right) for cell, is_right in row)}</tr>" for row in rows)
-    whole = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f"<h2>{escape(table.title)}</h2>{whole}"
+    whole = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">{whole}</div>'
+    note = f'<p class="faint">{escape(table.note)}</p>' if table.note else ""
+    return f"<h2>{escape(table.title)}</h2>{scroll}{note}"
 
 
 def cell_html(tag: str, text: str, is_right: bool) -> str:

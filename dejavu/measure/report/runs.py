@@ -11,16 +11,23 @@ import yaml
 
 from dejavu.errors import UsageError
 from dejavu.measure.failures import FailureRecord
-from dejavu.measure.records import RankRecord, RequestRecord, StepRecord, TransferRecord, read_csv
+from dejavu.measure.parts import read_steps, read_transfers
+from dejavu.measure.records import CeilingRecord, RankRecord, RequestRecord, StepRecord, TransferRecord, read_csv
 from dejavu.measure.run_directory import RunDirectory
 
 Table = list[dict[str, str]]
-RECORDS = frozenset({"requests.csv", "steps.csv", "transfers.csv", "failures.csv", "summary.csv", "ranks.csv"})
+MARKS = ("run.yaml", "result.json")  # of a run that has begun to serve, and of one that has ended
+RECORDS = frozenset(
+    {"requests.csv", "steps.csv", "transfers.csv", "failures.csv", "summary.csv", "ranks.csv", "ceilings.csv"}
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Hold what one run directory says; an empty list where the run did not write that file."""
+    """Hold what one run directory says; an empty list where the run did not write that file.
+
+    Passes and transfers of a run that has not come to its end are those in its `parts/`.
+    """
 
     path: Path
     description: Mapping[str, Any]  # run.yaml
@@ -31,13 +38,16 @@ class Run:
     transfers: list[TransferRecord] = field(default_factory=list)
     failures: list[FailureRecord] = field(default_factory=list)
     ranks: list[RankRecord] = field(default_factory=list)
+    ceilings: list[CeilingRecord] = field(default_factory=list)
+    status: Mapping[str, Any] = field(default_factory=dict)  # status.json: how far it was
     tables: Mapping[str, Table] = field(default_factory=dict)  # a benchmark's rows, by the file's stem
     pictures: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
-        """Give the directory's name, which starts with the time of the run."""
-        return self.path.resolve().name
+        """Give the directory's name, which starts with the time of the run; a part of a run has the run's before it."""
+        path = self.path.resolve()
+        return f"{path.parent.name}/{path.name}" if path.with_suffix(".yaml").exists() else path.name
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -77,22 +87,32 @@ def read_run(path: Path) -> Run:
     directory = RunDirectory(path)
     if not path.is_dir():
         raise UsageError(f"no run directory {str(path)!r}: `dejavu report --list` shows those that are there")
-    if not directory.run_file.exists():
+    result = directory.read_result() or {}
+    if not directory.run_file.exists() and not result:
         raise UsageError(f"{path} holds no run.yaml: name the directory of a run that has started")
     others = sorted(file for file in path.glob("*.csv") if file.name not in RECORDS)
     return Run(
         path,
-        read_description(directory.run_file),
-        directory.read_result() or {},
+        read_description(directory.run_file) if directory.run_file.exists() else {},
+        result,
         read_summary(path / "summary.csv"),
         optional_records(path / "requests.csv", RequestRecord),
-        optional_records(path / "steps.csv", StepRecord),
-        optional_records(path / "transfers.csv", TransferRecord),
+        optional_records(path / "steps.csv", StepRecord) or list(read_steps(path)),
+        optional_records(path / "transfers.csv", TransferRecord) or list(read_transfers(path)),
         optional_records(path / "failures.csv", FailureRecord),
         optional_records(path / "ranks.csv", RankRecord),
+        optional_records(path / "ceilings.csv", CeilingRecord),
+        directory.read_status() or {},
         {file.stem: read_table(file) for file in others},
         tuple(sorted(path.glob("*.png"))),
     )
+
+
+def read_head(path: Path) -> Run:
+    """Read what a list of runs shows of one: how it was described and ended, and its summary."""
+    directory = RunDirectory(path)
+    described = read_description(directory.run_file) if directory.run_file.exists() else {}
+    return Run(path, described, directory.read_result() or {}, read_summary(path / "summary.csv"))
 
 
 def read_description(path: Path) -> Mapping[str, Any]:
@@ -126,10 +146,25 @@ def read_summary(path: Path) -> Mapping[str, float]:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """List the run directories in `root`, oldest first."""
-    return sorted((path.parent for path in root.glob("*/run.yaml")), key=lambda path: path.name)
+    """List the run directories in `root`, and the parts of those that have parts, oldest first."""
+    files = [file for name in MARKS for depth in ("*", "*/*") for file in root.glob(f"{depth}/{name}")]
+    directories = {file.parent: file.stat().st_mtime for file in sorted(files, reverse=True)}
+    return sorted(directories, key=lambda path: (directories[path], path))
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """Read several runs, in the given order."""
-    return [read_run(path) for path in paths]
+    """Read several runs, in the given order; one that is made of parts gives these."""
+    return [read_run(part) for path in paths for part in parts_of(path)]
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Give the directories with a run's own records: `fail-inject` leaves one for each of the runs that it compares."""
+    if any((path / name).exists() for name in MARKS):
+        return [path]
+    return find_parts(path) or [path]
+
+
+def find_parts(path: Path) -> list[Path]:
+    """List the runs right inside a directory, in the order in which they began."""
+    files = list(path.glob(f"*/{MARKS[0]}"))
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime)]

@@ -13,9 +13,30 @@ SAID_ELSEWHERE = frozenset({"progress", "out", "name"})
 
 def sentences(config: Mapping[str, Any], description: Mapping[str, Any]) -> list[str]:
     """Give a serving run's configuration as sentences; a benchmark's options as one."""
-    if "microbatch_size" not in config or "pp" not in config:
+    if not is_serving(config):
         return [", ".join(f"{name} {value}" for name, value in config.items() if value is not None) or "no options"]
     return [model_sentence(config, description), *pipeline_sentences(config), workload_sentence(config)]
+
+
+def is_serving(config: Mapping[str, Any]) -> bool:
+    """Tell a serving run's configuration from a benchmark's options."""
+    return "microbatch_size" in config and "pp" in config
+
+
+def brief(config: Mapping[str, Any]) -> str:
+    """Give a run's configuration in a few words, for a line of a list."""
+    if not is_serving(config):
+        return ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
+    synthetic = config.get("synthetic")
+    parts = ["stages that wait {:g} and {:g} ms".format(*synthetic) if synthetic else str(config["model"])]
+    parts.append(
+        f"{config['prompt_pp']} + {config['token_pp']} stages" if config.get("prompt_pp") else f"pp {config['pp']}"
+    )
+    parts += [f"{name} {config[name]}" for name in ("dp", "tp") if config.get(name, 1) > 1]
+    parts += [f"chunks of {config['prompt_chunk']}"] if config.get("prompt_chunk") else []
+    parts += ["swap"] if config.get("swap") else []
+    parts += ["replicas"] if config.get("replicate", "off") != "off" else []
+    return ", ".join(parts)
 
 
 def model_sentence(config: Mapping[str, Any], description: Mapping[str, Any]) -> str:
@@ -52,14 +73,20 @@ def resilience_sentences(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("swap"):
         yield f"Microbatches are swapped: the KV of {config['resident']} at a time is on the device."
     if config.get("replicate", "off") != "off":
-        yield f"KV is replicated to the next stage's host memory, every {config['replicate_every']} steps."
+        every = config["replicate_every"]
+        yield f"KV is replicated to the next stage's host memory, every {f'{every} steps' if every > 1 else 'step'}."
     if config.get("spares"):
-        yield f"Spare ranks: {config['spares']}."
+        yield f"{counted(config['spares'], 'spare rank')} to take over from a lost one."
 
 
 def stages(pp: int, tp: int) -> str:
     """Count stages and the ranks of each."""
-    return f"{pp} stage{'s' * (pp > 1)}" + (f" of {tp} tensor ranks" if tp > 1 else "")
+    return counted(pp, "stage") + (f" of {tp} tensor ranks" if tp > 1 else "")
+
+
+def counted(number: int, thing: str) -> str:
+    """Count things, one or several of them."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def workload_sentence(config: Mapping[str, Any]) -> str:
@@ -68,9 +95,8 @@ def workload_sentence(config: Mapping[str, Any]) -> str:
     arrivals = f"at {rate:g} requests a second (Poisson)" if rate else "as the workload says, or all at once"
     if config.get("workload"):
         return f"Requests from {config['workload']}, {arrivals}."
-    made = (
-        f"{config['num_requests']} requests of {config['prompt_len']} prompt and {config['output_len']} output tokens"
-    )
+    lengths = f"{config['prompt_len']} prompt and {counted(config['output_len'], 'output token')}"
+    made = f"{counted(config['num_requests'], 'request')} of {lengths}"
     return f"{made}, {arrivals if rate else 'all at once'}."
 
 
@@ -90,7 +116,16 @@ def failure_sentence(record: FailureRecord) -> str:
     lost = {"death": "died", "hang": "hung"}[record.kind]
     moments = {"noticed": record.detected_s, "rebuilt": record.rebuilt_s, "serving again": record.resumed_s}
     times = [f"{what} after {format_seconds(moment - start_s)}" for what, moment in moments.items() if moment > start_s]
-    costs = f"{record.steps_lost} steps lost, {record.tokens_replayed} tokens passed again, "
-    costs += f"{record.prompts_recomputed} prompts computed again"
-    restored = f", {format_bytes(record.bytes_restored)} of KV restored" if record.bytes_restored else ""
-    return f"{record.target} (rank {record.rank}) {lost} at {start_s:.2f} s: {', '.join(times)}. {costs}{restored}."
+    return f"{record.target} (rank {record.rank}) {lost} at {start_s:.2f} s: {', '.join(times)}. {cost_words(record)}"
+
+
+def cost_words(record: FailureRecord) -> str:
+    """Say what a failure cost, or that it cost nothing but time."""
+    costs = [
+        (record.steps_lost, counted(record.steps_lost, "step") + " lost"),
+        (record.tokens_replayed, counted(record.tokens_replayed, "token") + " passed again"),
+        (record.prompts_recomputed, counted(record.prompts_recomputed, "prompt") + " computed again"),
+        (record.bytes_restored, f"{format_bytes(record.bytes_restored)} of KV restored"),
+    ]
+    said = [words for number, words in costs if number]
+    return f"{', '.join(said)}." if said else "Nothing was lost or computed again."

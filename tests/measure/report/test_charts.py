@@ -23,6 +23,12 @@ def test_prompts_are_no_output():
     assert rates.sum() == 0
 
 
+def test_first_tokens_are_output():
+    _, rates = throughput([token_step(0, 3)], first_tokens_s=[0.5, 0.5])
+    edges, _ = throughput([token_step(0, 3)])
+    assert (rates * (edges[1:] - edges[:-1])).sum() == pytest.approx(2 + 2)
+
+
 def test_pipelines_side_by_side_add_up():
     steps = [token_step(stage, index) for stage in range(4) for index in range(10 if stage < 2 else 5)]
     edges, rates = throughput(steps, stages_per_copy=2)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from dejavu.errors import UsageError
+from dejavu.measure.report.compare import group_runs
 from dejavu.measure.report.page import comparison_page, run_page
-from dejavu.measure.report.runs import read_run, read_runs
+from dejavu.measure.report.runs import find_runs, read_run, read_runs
+from dejavu.measure.report.tables import run_tables
 
 from .make_runs import make_run
 
@@ -53,18 +55,51 @@ def test_page_of_a_run_says_what_happened(tmp_path):
     assert "4 in 5.00 s" in text  # requests and makespan
     assert "2.40 tokens/s" in text
     assert "both stage 1 (rank 2) died at 2.00 s: noticed after 12.0 ms, rebuilt after 50.0 ms" in text
-    assert "serving again after 84.0 ms. 1 steps lost" in text
-    assert "1.00 MiB of KV restored" in text
+    assert "serving again after 84.0 ms. 1 step lost, 1.00 MiB of KV restored." in text
     assert "4.77 MiB" in text  # 5 transfers of 1 MB in 1 ms each: 1 GB/s
     assert "0 to 5" in text  # layers of stage 0
+
+
+def test_transfers_stand_beside_a_plain_copy(tmp_path):
+    path = make_run(tmp_path / "run")
+    (path / "ceilings.csv").write_text(
+        "rank,kind,transport,bytes,gbps\n1,activation,mpi,1000000,4\n2,activation,mpi,1000000,5\n"
+    )
+    run = read_run(path)
+    row = next(table for table in run_tables(run) if table.title == "Transfers").rows[0]
+    assert row[4:] == ("977 KiB", "1.00 ms", "1.00", "5.00", "20%")
+    assert "a plain copy as long as a activation" in run_page(run)
+
+
+def test_page_of_a_run_that_was_stopped_says_how_far_it_was(tmp_path):
+    path = make_run(tmp_path / "run")
+    (path / "status.json").write_text(
+        json.dumps({"requests_done": 3, "requests_total": 8, "tokens_out": 41, "elapsed_s": 2.5})
+    )
+    (path / "result.json").write_text(json.dumps({"outcome": "error", "error": "stopped by SIGINT"}))
+    text = " ".join(Outline(run_page(read_run(path))).text)
+    assert "stopped by SIGINT, after 2.50 s: 3 of 8 requests were done, 41 tokens had been given out" in text
+
+
+def test_page_of_a_run_that_failed_to_start(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"outcome": "error", "error": "no memory"}))
+    text = " ".join(Outline(run_page(read_run(tmp_path))).text)
+    assert "no memory, before anything was served" in text
+    assert "no options" not in text
+
+
+def test_a_failure_that_cost_nothing_but_time(tmp_path):
+    failures = FAILURES.replace("0.084,1,0,0,1048576", "0.084,0,0,0,0")
+    text = " ".join(Outline(run_page(read_run(make_run(tmp_path / "run", failures=failures)))).text)
+    assert "serving again after 84.0 ms. Nothing was lost or computed again." in text
 
 
 def test_what_guards_a_run_is_said_in_words(tmp_path):
     options = {"swap": True, "num_microbatches": 3, "replicate": "ring", "spares": 1}
     text = " ".join(Outline(run_page(read_run(make_run(tmp_path / "run", options=options)))).text)
     assert "the KV of 2 at a time is on the device" in text
-    assert "every 1 steps" in text
-    assert "Spare ranks: 1." in text
+    assert "host memory, every step." in text
+    assert "1 spare rank to take over" in text
 
 
 def test_page_needs_nothing_from_elsewhere(tmp_path):
@@ -169,7 +204,7 @@ def test_command_writes_page_and_pictures(tmp_path):
     last = json.loads(done.stdout.splitlines()[-1])
     assert Path(last["page"]).read_text().startswith("<!doctype html>")
     assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in last["pictures"])
-    assert len(last["pictures"]) == 4
+    assert len(last["pictures"]) == 5
 
 
 @pytest.mark.parametrize(
@@ -183,6 +218,35 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_list_has_parts_of_runs_and_those_that_went_wrong(tmp_path):
+    runs = tmp_path / "results" / "runs"
+    runs.mkdir(parents=True)
+    whole = make_run(runs / "first")
+    for part in ("whole", "failure"):
+        make_run(runs / "second" / part)
+        (runs / "second" / f"{part}.yaml").write_text("{}")
+    (runs / "third").mkdir()
+    (runs / "third" / "result.json").write_text(json.dumps({"outcome": "error", "error": "no memory"}))
+    (make_run(runs / "fourth") / "run.yaml").write_text("- 1")
+    program = [sys.executable, "-m", "dejavu.cli.main", "report", "--list"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, check=True)
+    lines = {line.split()[0]: " ".join(line.split()) for line in done.stdout.splitlines()}
+    assert lines["first"].endswith("ok 2.40 gpt2, pp 2")
+    assert {"second/whole", "second/failure"} <= lines.keys()
+    assert lines["third"] == "third error - no memory"
+    assert "unreadable" in lines["fourth"]
+    assert find_runs(runs)[0] == whole
+
+
+def test_a_run_of_parts_stands_for_them(tmp_path):
+    for part, failures in {"whole": "", "failure": FAILURES}.items():
+        make_run(tmp_path / "run" / part, failures=failures)
+        (tmp_path / "run" / f"{part}.yaml").write_text("{}")
+    runs = read_runs([tmp_path / "run"])
+    assert [run.name for run in runs] == ["run/whole", "run/failure"]
+    assert [group.label for group in group_runs(runs)] == ["run/whole", "run/failure"], "a failure is no repeat"
 
 
 def test_csv_and_markdown(tmp_path):
