@@ -15,7 +15,8 @@ from rich.console import Console
 
 from dejavu.cluster.injection import FAULTS, Fault, parse_fault, random_faults, to_environment
 from dejavu.config import ServeConfig, load_config
-from dejavu.engine.journal import Past, read_journal
+from dejavu.engine.journal import JOURNAL, Past, read_journal
+from dejavu.engine.losses import take_losses
 from dejavu.errors import UsageError
 from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import write_csv
@@ -171,8 +172,10 @@ def serve_with_restart(config: ServeConfig, directory: Path, faults: Sequence[Fa
 
 
 def journal_of(directory: Path) -> Past:
-    """Read the journal of a run."""
-    return read_journal(directory / "journal.jsonl")
+    """Read the journal of a run, and with which failures it ended."""
+    past = read_journal(directory / JOURNAL)
+    take_losses(directory, past)
+    return past
 
 
 def report(directory: Path, runs: Runs, aftermath: Aftermath) -> int:

@@ -5,16 +5,17 @@ import time
 from collections.abc import Mapping
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dejavu.cluster.accelerator import accelerator_indices, share_memory
 from dejavu.cluster.injection import IncidentLog
 from dejavu.cluster.keeping import needs_replica_carrier
 from dejavu.cluster.launcher import RUN_DIR
-from dejavu.cluster.muster import Lost, Recruiting
+from dejavu.cluster.muster import Loss, Lost, Recruiting
 from dejavu.engine.controller import Controller
+from dejavu.engine.losses import note_losses
 from dejavu.engine.messages import Ready, Rehearse
-from dejavu.engine.recovery import Death, Gathered
+from dejavu.engine.recovery import Death, Gathered, who_died
 from dejavu.engine.seating import join_restored
 from dejavu.engine.setup import EngineSetup
 from dejavu.errors import EndedByPeerError, PeerLostError
@@ -43,14 +44,14 @@ class Rounds:
         self.incidents = IncidentLog(Path(directory))
         self.result = RunDirectory(Path(directory)).result_file
         self.recruiting = Recruiting(channel, setup, directory, Recruit)
-        self.lost = list(lost)  # ranks, and the processes that played them; until `settle` has told
+        self.lost = list(lost)  # until `settle` has told
 
     def reform(self, error: PeerLostError) -> tuple[Death, ...]:
         """Find out who is left, and let spares take the places of the dead; raise the error where that cannot be."""
         if not self.setup.is_recoverable:
-            raise error
+            self.give_up(error)
         while True:
-            self.count_survivors(error)
+            self.count_survivors(error, time.monotonic())
             try:
                 return self.settle()
             except EndedByPeerError:
@@ -58,7 +59,23 @@ class Rounds:
             except PeerLostError as again:
                 error = again
 
-    def count_survivors(self, error: PeerLostError) -> None:
+    def give_up(self, error: PeerLostError) -> NoReturn:
+        """End the run, and say who was lost; raise the error itself where this rank does not know."""
+        now, membership = time.monotonic(), self.channel.membership
+        self.lost += [Loss(membership.rank_of(process), process, now) for process in self.channel.lost_processes()]
+        if not self.lost or isinstance(error, EndedByPeerError):
+            raise error
+        who = self.note_end(self.lost)
+        remedy = "look for its last words above, and start with --spares"
+        raise PeerLostError(f"{who}, and there is no spare to take over: {remedy}") from error
+
+    def note_end(self, lost: Lost) -> str:
+        """Leave word of who was lost with the run, for whoever goes on with it; give it in words."""
+        deaths = [(self.describe(loss.rank, loss.process), loss.detected_s) for loss in lost]
+        note_losses(self.incidents.path.parent, deaths)
+        return " and ".join(who_died(death.target, death.process, death.kind) for death, _ in deaths)
+
+    def count_survivors(self, error: PeerLostError, detected_s: float) -> None:
         """Agree on who is left; raise an error where the run cannot go on with them."""
         topology, before = self.setup.topology, self.channel.membership
         devices = accelerator_indices(self.channel.process_hosts, self.setup.num_devices)  # the same on every rank
@@ -71,18 +88,19 @@ class Rounds:
         self.false_alarms = 0 if lost else self.false_alarms + 1
         if self.false_alarms > MOST_FALSE_ALARMS:
             raise error
-        self.lost += [(rank, before.places[rank] or 0) for rank in lost]
-        vacant = [rank for rank in membership.vacant if rank < topology.first_spare]
+        self.lost += [Loss(rank, before.places[rank] or 0, detected_s) for rank in lost]
+        workers = [loss for loss in self.lost if loss.rank < topology.first_spare]
+        vacant = [loss for loss in workers if membership.places[loss.rank] is None]
         if vacant and not self.setup.is_refilled:
-            who = ", ".join(f"{topology.name(rank)} (rank {before.places[rank]})" for rank in vacant)
-            raise PeerLostError(f"{who} died and no spare is left to take over: start with more --spares") from error
+            who = self.note_end(vacant)
+            raise PeerLostError(f"{who}, and no spare is left to take over: start with more --spares") from error
 
     def settle(self) -> tuple[Death, ...]:
         """Let processes join who are to, and give who was lost; all ranks call this together."""
         if self.setup.is_refilled and self.recruiting.muster(self.lost):
             self.false_alarms = 0
         lost, self.lost = self.lost, []
-        return tuple(self.describe(rank, process) for rank, process in lost)
+        return tuple(self.describe(loss.rank, loss.process) for loss in lost)
 
     def describe(self, rank: int, process: int) -> Death:
         """Say what is known of a process that died."""

@@ -107,11 +107,8 @@ def run_controller(
     controller = Controller(channel, seating, setup.spec.eos_token_ids, make_stream, setup.config.stall_timeout)
     controller.announce = announce
     controller.journal = journal
-    company = WorkerCompany(channel, setup, controller, continues=inheritance is not None)
-    if setup.is_recoverable:
-        controller.company = company
+    company = controller.company = WorkerCompany(channel, setup, controller, continues=inheritance is not None)
     if inheritance:
-        controller.company = company
         controller.adopt(inheritance.past)
         controller.take_over(inheritance.deaths, inheritance.detected_s - controller.clock.origin_s)
     else:

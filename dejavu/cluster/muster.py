@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dejavu.cluster.process import fail_in_thread
 from dejavu.engine.setup import EngineSetup
@@ -20,7 +21,17 @@ PROGRAM = (sys.executable, "-m", "dejavu.cluster.recruit", socket.gethostname(),
 WAIT_S = 120.0  # for a process to join while requests are held; then the run is started again
 SAY_EVERY_S = 10.0
 JOIN_S = 20.0  # for the calls by which all let one join; MPI may wait for ever for one that dies in just these
-Lost = Sequence[tuple[int, int]]  # ranks and the processes that played them
+
+
+class Loss(NamedTuple):
+    """Say which rank was lost, which process played it, and when that was seen, on the host's clock."""
+
+    rank: int
+    process: int
+    detected_s: float
+
+
+Lost = Sequence[Loss]
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ def stand_by(channel: Channel, setup: EngineSetup, lost: Lost | None = None) -> 
             detected_s, deaths = time.monotonic(), None
             try:
                 if lost is not None:
+                    detected_s = min((loss.detected_s for loss in lost), default=detected_s)
                     lost, deaths = None, rounds.settle()
                 else:
                     participant.take_part()

@@ -26,7 +26,8 @@ from dejavu.config import ServeConfig
 from dejavu.device import cuda_device_name
 from dejavu.device.host_memory import available_bytes
 from dejavu.engine.controller import Controller
-from dejavu.engine.journal import Journal, Past, read_journal
+from dejavu.engine.journal import JOURNAL, Journal, Past, read_journal
+from dejavu.engine.losses import LOSSES, take_losses
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import CacheSize, check_host_memory, describe_capacity
 from dejavu.errors import PeerLostError, RunLostError, UsageError
@@ -44,7 +45,6 @@ from dejavu.transport.mpi import Channel
 STATUS_EVERY_S = 0.2
 REFILL_EVERY_S = 0.05
 START_S = 300.0  # that ranks may take to meet
-JOURNAL = "journal.jsonl"
 
 
 def run_rank(config: ServeConfig) -> int:
@@ -167,6 +167,8 @@ def name_run(directory: RunDirectory) -> str:
 def inherit(directory: RunDirectory) -> Inheritance | None:
     """Take up the run that was lost in this directory; None where it had not taken its workload yet."""
     past = read_journal(directory.path / JOURNAL)
+    take_losses(directory.path, past)
+    (directory.path / LOSSES).unlink(missing_ok=True)
     if past.is_complete:
         return Inheritance(past)
     (directory.path / JOURNAL).unlink(missing_ok=True)

@@ -304,7 +304,12 @@ class Controller:
 
     def take_over(self, deaths: Sequence[Death], detected_s: float) -> None:
         """Go on where the controller was lost, whose journal was adopted."""
-        outage = self.failures.begin(deaths, detected_s, self.clock.now_s(), set(self.running))
+        rebuilt_s, stalled = self.clock.now_s(), set(self.running)
+        if deaths:
+            outage = self.failures.begin(deaths, detected_s, rebuilt_s, stalled)
+        else:  # nobody is left of those before
+            outage = self.failures.restart(rebuilt_s, stalled)
+        self.note_failures()
         try:
             repeated = self.resume(outage)
         except PeerLostError as error:

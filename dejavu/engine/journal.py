@@ -20,6 +20,7 @@ from dejavu.measure.failures import FailureRecord
 from dejavu.measure.run_directory import lock
 from dejavu.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 
+JOURNAL = "journal.jsonl"  # in the run directory
 SYNC_EVERY_S = 0.5
 LOCK_S = 10.0  # that a process may take to end which had the journal before
 

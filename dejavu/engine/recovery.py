@@ -54,21 +54,23 @@ class Outage:
     stalled: set[int] = field(default_factory=set)  # serials
     successors: tuple[int | None, ...] = ()
     kept_bytes: int = 0
+    is_restart: bool = False
 
     def describe(self) -> list[str]:
         """Say what happened in words."""
         pairs = zip(self.records, self.successors, strict=True)
-        return [describe(record, successor, self.kept_bytes) for record, successor in pairs]
+        return [describe(record, successor, self.kept_bytes, is_restart=self.is_restart) for record, successor in pairs]
 
 
-def describe(record: FailureRecord, successor: int | None, kept_bytes: int) -> str:
+def describe(record: FailureRecord, successor: int | None, kept_bytes: int, *, is_restart: bool = False) -> str:
     """Say in one line who died, who takes over, what was restored, and how long it took."""
     seen = f"at {record.detected_s:.2f} s" if record.detected_s >= 0 else f"{-record.detected_s:.2f} s before serving"
     who = f"{who_died(record.target, record.rank, record.kind)}, seen {seen}"
-    if successor is None:
+    if successor is None and not is_restart:
         whose = "nobody needs to take over" if record.target == "spare" else "its place is taken"
         return f"{who}: {whose}, serving went on after {1e3 * record.recovery_s:.0f} ms"
-    said = [f"rank {successor} takes over", *restoration(record, kept_bytes)]
+    how = "all ranks were started again" if is_restart else f"rank {successor} takes over"
+    said = [how, *restoration(record, kept_bytes)]
     return f"{who}: {'; '.join(said)}; serving again after {1e3 * record.recovery_s:.0f} ms"
 
 
@@ -123,6 +125,15 @@ class FailureBook:
         unfinished = [record for record in records if isnan(record.resumed_s)]
         self.open += [Outage([record], set(stalled), (None,)) for record in unfinished]
 
+    def restart(self, rebuilt_s: float, stalled: set[int]) -> Outage:
+        """Go on with all ranks started again; what was not over for those before ends with the next tokens."""
+        records = [record for outage in self.open for record in outage.records]
+        for record in records:
+            record.rebuilt_s = rebuilt_s
+        outage = Outage(records, stalled, (None,) * len(records), is_restart=True)
+        self.open = [outage]
+        return outage
+
     def shift(self, seconds: float) -> None:
         """Count from another start of the run on, by which all times so far are so much later."""
         for record in self.records:
@@ -131,8 +142,9 @@ class FailureBook:
     def resume(self, outage: Outage, gathered: Gathered, repeated: Repeated, restored_s: float) -> None:
         """Note what it takes to go on."""
         outage.kept_bytes = gathered.kept_bytes
-        for record in outage.records:
-            record.restored_s = restored_s
+        for record in (record for each in self.open for record in each.records):
+            if isnan(record.restored_s):  # so are those whose own recovery was interrupted by this failure
+                record.restored_s = restored_s
         for record in outage.records[:1]:
             record.bytes_restored = gathered.restored_bytes
             record.prompts_recomputed, record.tokens_replayed = repeated.prompts, repeated.tokens

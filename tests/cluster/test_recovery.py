@@ -239,7 +239,7 @@ def test_without_a_spare_left_the_run_ends_with_who_died(base, tmp_path):
     done = serve(tmp_path / "run", *arguments, "--pp", 2, "--spares", 1, faults=faults)
     assert done.returncode == 1
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["error"].startswith("stage 1 (rank 2) died and no spare is left to take over"), done.stderr
+    assert result["error"].startswith("stage 1 (rank 2) died, and no spare is left to take over"), done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert done.left == []
 
