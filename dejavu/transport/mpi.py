@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dejavu.errors import DeadlineError, EndedByPeerError, PeerLostError
 from dejavu.transport.crew import Crew, Life, Newcomer
+from dejavu.transport.half_made import guard_half_made
 from dejavu.transport.lifeline import Lifeline
 from dejavu.transport.membership import Membership, reassign
 from dejavu.transport.obituary import declare_dead, own_name
@@ -67,6 +68,7 @@ class Channel:
 
         A process that was enlisted makes its own as the last of its `crew`, with the `lifeline` that they know of it.
         """
+        guard_half_made()
         self.comm = comm if crew else comm.Dup()
         self.lifeline = lifeline or Lifeline()
         crew = crew or meet(self.comm, self.lifeline.fd)
