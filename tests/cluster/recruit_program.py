@@ -19,7 +19,7 @@ from mpi4py import MPI
 from dejavu.cluster import recruit, start
 from dejavu.cluster.injection import IncidentLog
 from dejavu.cluster.launcher import RUN_DIR
-from dejavu.cluster.muster import Recruiting
+from dejavu.cluster.muster import Loss, Recruiting
 from dejavu.cluster.process import guarded
 from dejavu.cluster.watchdog import Watchdog
 from dejavu.errors import PeerLostError
@@ -56,7 +56,7 @@ def live(channel: Channel, setup: Any, num_lost: int) -> None:
     watchdog.start()
     while num_lost < len(VICTIMS):
         if num_lost:
-            recruiting.muster([(0, 0)] * num_lost)
+            recruiting.muster([Loss(0, 0, 0.0)] * num_lost)
         lose(channel, num_lost, directory)
         num_lost += 1
     watchdog.stop()
