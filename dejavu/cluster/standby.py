@@ -42,6 +42,8 @@ def stand_by(channel: Channel, setup: EngineSetup, lost: Lost | None = None) -> 
     gives who was `lost` before.
     """
     rounds = Rounds(channel, setup, lost or ())
+    if setup.is_refilled:
+        rounds.recruiting.look_aside()
     with ExitStack() as stack:
         participant = Participant(channel, setup, stack, FileRecorder(Path(os.environ[RUN_DIR])))
         if channel.rank >= setup.topology.first_spare:

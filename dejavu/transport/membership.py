@@ -1,5 +1,6 @@
 """Who of the processes that mpirun started plays which rank: the same pure reckoning on every survivor of a failure."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,6 +79,17 @@ def enlist(before: Membership, process: int) -> Membership:
     rank = before.vacant[0]
     places = (*before.places[:rank], process, *before.places[rank + 1 :])
     return Membership(before.epoch + 1, places, (*before.processes, process))
+
+
+def starter(membership: Membership, hosts: Sequence[str]) -> int:
+    """Give the rank that starts the next process, on its own host: the lowest on that which has lost the most.
+
+    `hosts` names each process's host; the first ones, one for each rank, say how many a host is to have.
+    """
+    wanted = Counter(hosts[: len(membership.places)])
+    present = {rank: hosts[membership.places[rank] or 0] for rank in membership.present}
+    there = Counter(present.values())
+    return min(present, key=lambda rank: (there[present[rank]] - wanted[present[rank]], rank))
 
 
 def is_cut_off(before: Membership, survivors: Sequence[int], hosts: Sequence[str]) -> bool:

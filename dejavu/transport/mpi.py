@@ -25,7 +25,7 @@ from dejavu.transport.waiting import Doorbell, Patience, new_job_name
 CONTROL, TENSOR = 1, 2
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-BRIDGE_TAG = 3
+BRIDGE_TAG, NOTICE = 3, 4
 OPEN: set["Channel"] = set()  # all channels of this process
 ABANDONED: list[object] = []  # requests of failed communicators, and the memory that MPI may still use
 
@@ -120,6 +120,18 @@ class Channel:
         """Post an object to `dest`, unless a rank was lost, which the next call of another method tells."""
         with suppress(PeerLostError):
             self.send(dest, message)
+
+    def notify(self, dest: int) -> None:
+        """Let `dest` find `is_notified` until the next change of membership; any thread may."""
+        with suppress(MPI.Exception):
+            self.comm.Isend([b"", MPI.BYTE], self.membership.route(dest), NOTICE).Free()
+
+    def is_notified(self) -> bool:
+        """Tell whether anybody has notified this rank."""
+        try:
+            return self.comm.Iprobe(MPI.ANY_SOURCE, NOTICE)
+        except MPI.Exception:  # of a lost rank, which other calls tell
+            return False
 
     def send_tensor(self, dest: int, tensor: Tensor) -> None:
         """Post a contiguous CPU tensor to `dest`, which has to know its size; it must not change until it is sent."""

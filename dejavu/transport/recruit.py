@@ -31,19 +31,24 @@ class Recruit:
     why it has a thread of its own.
     """
 
-    def __init__(self, program: Sequence[str]) -> None:
+    def __init__(self, program: Sequence[str], node: str = "") -> None:
+        """Begin to start a program on this host, which mpirun has to be told as `node` where there are several.
+
+        On another host than the caller's, mpirun 5.0.11 starts one process, and crashes at the second.
+        """
         self.started_s = time.monotonic()
         self.comm: MPI.Intercomm | None = None
         self.newcomer: Newcomer | None = None
         self.is_ready = False
         self.failure: str | None = None
-        self.thread = threading.Thread(target=self.spawn, args=(program,), name="recruit", daemon=True)
+        self.thread = threading.Thread(target=self.spawn, args=(program, node), name="recruit", daemon=True)
         self.thread.start()
 
-    def spawn(self, program: Sequence[str]) -> None:
+    def spawn(self, program: Sequence[str], node: str) -> None:
         """Start the process."""
         try:
-            self.comm = MPI.COMM_SELF.Spawn(program[0], list(program[1:]), 1)
+            info = MPI.Info.Create({"host": node}) if node else MPI.INFO_NULL
+            self.comm = MPI.COMM_SELF.Spawn(program[0], list(program[1:]), 1, info)
         except MPI.Exception as error:
             self.failure = str(error)
 
@@ -51,7 +56,7 @@ class Recruit:
         """Tell whether it is ready to join; raise PeerLostError if it will never be."""
         if self.failure:
             raise PeerLostError(f"a new spare could not be started ({self.failure})")
-        if (pid := self.local_pid) and not is_alive(pid):
+        if self.newcomer and not is_alive(self.newcomer.pid):
             raise PeerLostError("a new spare died before it had joined: look for its last words above")
         if not self.is_ready and time.monotonic() - self.started_s > START_S:
             raise PeerLostError(f"a new spare was not ready after {START_S:.0f} s")
@@ -60,11 +65,6 @@ class Recruit:
         if self.comm and self.newcomer and not self.is_ready:
             self.is_ready = take(self.comm, READY) is not None
         return self.is_ready
-
-    @property
-    def local_pid(self) -> int:
-        """Give its pid; 0 where it is not known, or another host's."""
-        return self.newcomer.pid if self.newcomer and self.newcomer.host == socket.gethostname() else 0
 
     def summon(self, message: object) -> MPI.Intercomm:
         """Tell it what it has to know, and to join; give what leads to it."""
@@ -83,9 +83,9 @@ class Recruit:
             while not self.newcomer and time.monotonic() < deadline:
                 self.look()
                 time.sleep(LOOK_EVERY_S)
-        if pid := self.local_pid:
+        if self.newcomer:
             with suppress(ProcessLookupError):
-                os.kill(pid, SIGKILL)
+                os.kill(self.newcomer.pid, SIGKILL)
 
 
 def report_for_duty(lifeline: int) -> MPI.Intercomm:

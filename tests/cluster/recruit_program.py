@@ -48,8 +48,8 @@ def live(channel: Channel, setup: Any, num_lost: int) -> None:
     """Go through the losses that are still to come."""
     directory = Path(os.environ[RUN_DIR])
 
-    def begin(program, *place):
-        return Recruit((program[0], __file__, str(directory), *program[3:]), *place)
+    def begin(program, node):
+        return Recruit((sys.executable, __file__, str(directory), program[-1]), node)
 
     recruiting = Recruiting(channel, setup, str(directory), begin)
     watchdog = Watchdog(channel, HANG_S, IncidentLog(directory))

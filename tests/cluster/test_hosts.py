@@ -94,7 +94,10 @@ def expected_tokens(model, count):
 
 
 def test_slurm_template_serves_on_two_hosts_and_goes_on_from_the_other_ones_replica(hosts):
-    """Prompts on the first host, the last token stage and the spare on the second; that stage's device is lost."""
+    """Two token stages and the spare are on the second host; the device of the first of them is lost.
+
+    Then the spare that plays it: the process that follows is started where it was, and maps what that host has kept.
+    """
     model = make_checkpoint("llama", hosts / "model")
     request = {"prompt_token_ids": PROMPT, "max_tokens": 24, "ignore_eos": True}
     (hosts / "workload.jsonl").write_text(json.dumps(request) + "\n")
@@ -106,7 +109,8 @@ def test_slurm_template_serves_on_two_hosts_and_goes_on_from_the_other_ones_repl
         "PYTHONPATH": str(REPOSITORY),
     }
     environment |= {"OMPI_MCA_btl_tcp_if_include": "lan", "PRTE_MCA_prte_if_include": "lan", **SLURM}
-    environment |= {FAULTS: json.dumps([asdict(Fault(3, "kill", step=8, loses_memory=True))])}
+    faults = [Fault(3, "kill", step=8, loses_memory=True), Fault(3, "kill", step=16)]
+    environment |= {FAULTS: json.dumps([asdict(fault) for fault in faults])}
     template = [
         "bash",
         REPOSITORY / "launch" / "slurm.sbatch",
@@ -115,8 +119,9 @@ def test_slurm_template_serves_on_two_hosts_and_goes_on_from_the_other_ones_repl
         "--workload",
         hosts / "workload.jsonl",
     ]
-    stages = ["--prompt-pp", 1, "--token-pp", 2, "--transport", "tcp", "--spares", 1, "--replicate", "ring"]
-    command = [hosts / "on", "node1", *template, *stages, "--threads", 1, "--out", hosts / "run"]
+    stages = ["--prompt-pp", 1, "--token-pp", 3, "--transport", "tcp", "--spares", 1, "--replicate", "ring"]
+    own = ["--on-failure", "wait", "--threads", 1, "--out", hosts / "run"]
+    command = [hosts / "on", "node1", *template, *stages, *own]
     done = subprocess.run(
         [*map(str, command)], cwd=hosts, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -125,7 +130,8 @@ def test_slurm_template_serves_on_two_hosts_and_goes_on_from_the_other_ones_repl
     assert output["token_ids"] == expected_tokens(model, 24)
     ranks = yaml.safe_load((hosts / "run" / "run.yaml").read_text())["ranks"]
     assert [rank["host"] for rank in ranks][:4] == ["node1", "node1", "node1", "node2"]
-    (failure,) = read_csv(hosts / "run" / "failures.csv", FailureRecord)
-    assert (failure.target, failure.prompts_recomputed) == ("token stage 1", 0)
-    assert failure.bytes_restored > 0
+    failures = read_csv(hosts / "run" / "failures.csv", FailureRecord)
+    assert [(failure.target, failure.prompts_recomputed) for failure in failures] == [("token stage 1", 0)] * 2
+    assert [failure.bytes_restored > 0 for failure in failures] == [True, False]
+    assert "a new process has joined on node2" in done.stdout
     assert "tcp" in {copy.transport for copy in read_csv(hosts / "run" / "transfers.csv", TransferRecord)}

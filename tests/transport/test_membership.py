@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.transport.membership import Membership, enlist, is_cut_off, reassign
+from dejavu.transport.membership import Membership, enlist, is_cut_off, reassign, starter
 
 
 def test_spare_takes_the_place_of_the_dead_and_its_own_stays_vacant():
@@ -26,6 +26,17 @@ def test_spare_on_the_host_of_the_dead_is_preferred():
 def test_dead_spare_is_replaced_by_nobody():
     after = reassign(Membership.first(4), (0, 1, 2), 2, ["a"] * 4)
     assert (after.places, after.vacant) == ((0, 1, 2, None), (3,))
+
+
+def test_process_is_started_on_the_host_that_has_lost_the_most():
+    hosts = ["a", "a", "b", "a", "b", "b"]
+    first = Membership.first(6)
+    assert starter(reassign(first, (1, 2, 3, 4, 5), 4, hosts), hosts) == 1, "rank 0 is played by process 4, on b"
+    assert starter(reassign(first, (0, 1, 2, 3, 4), 4, hosts), hosts) == 2
+    twice = reassign(first, (0, 1, 3, 5), 3, hosts)  # two of b
+    assert (twice.places, starter(twice, hosts)) == ((0, 1, 5, 3, None, None), 2)
+    assert starter(enlist(twice, 6), [*hosts, "b"]) == 2, "one is missing still"
+    assert starter(reassign(first, (0, 1, 3), 3, hosts), hosts) == 0, "nobody of b can start it"
 
 
 def test_process_that_joins_takes_the_lowest_vacant_rank():
