@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dejavu.cluster.process import importing
+
 if TYPE_CHECKING:
     from tests.mpi.reference import Reference
     from tests.mpi.world import World
+
+with importing():
+    import torch  # noqa: F401
 
 
 @pytest.fixture(scope="session")
