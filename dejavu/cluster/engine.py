@@ -358,9 +358,10 @@ def make_worker(
 
 
 def tell_progress(site: Site, mover: Mover, clock: RunClock, compute_s: float) -> None:
-    """Tell the controller how long this rank computed lately, and let its records outlive it."""
-    site.tell_busy(compute_s)
-    site.recorder.add_transfers(mover.take_transfers(site.channel.rank, clock.at_s))
+    """Tell the controller what this rank did lately, and let its records outlive it."""
+    moves = mover.take_transfers(site.channel.rank, clock.at_s)
+    site.tell_busy(compute_s, moves)
+    site.recorder.add_transfers(moves)
     site.recorder.flush()
 
 

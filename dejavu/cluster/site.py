@@ -1,5 +1,6 @@
 """Say where a worker stands in a run, how large the memory there is, and what it holds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from dejavu.kv.layout import PoolLayout, RowMap
 from dejavu.kv.side import RankCache
 from dejavu.measure.cpu import CpuMeter
 from dejavu.measure.recorder import MemoryRecorder, Recorder
+from dejavu.measure.records import TransferRecord
 from dejavu.model.spec import Shard
 from dejavu.topology import CONTROLLER, Pipeline, Placement, Role
 from dejavu.transport.mpi import Channel
@@ -60,9 +62,11 @@ class Site:
         alone = len(self.pipeline.ranks) == 1 and not self.setup.config.is_disaggregated
         return self.setup.on_cuda and alone and not self.cache.is_swapped
 
-    def tell_busy(self, compute_s: float) -> None:
-        """Tell the controller how long this rank has computed since it was told last."""
-        self.channel.send(CONTROLLER, Busy(compute_s))
+    def tell_busy(self, compute_s: float, moves: Sequence[TransferRecord] = ()) -> None:
+        """Tell the controller how long this rank has computed, and what it has moved, since it was told last."""
+        fetched = [move.bytes for move in moves if move.kind == "fetch"]
+        flushed = [move.bytes for move in moves if move.kind == "flush"]
+        self.channel.send(CONTROLLER, Busy(compute_s, len(fetched), sum(fetched) + sum(flushed)))
 
     def neighbour(self, distance: int) -> int:
         """Give the same tensor rank of a stage before or behind this one."""

@@ -26,8 +26,23 @@ def status(controller: Controller, topology: Topology, state: str) -> dict[str, 
         "busy_rows": running,
         "stages": dict(stage_shares(controller, topology)),
         "kv_blocks": dict(zip(map(pipeline_name, topology.pipelines), used, strict=True)),
+        **streaming(controller),
         "failures": [failure_line(record) for record in controller.failures.records],
     }
+
+
+def streaming(controller: Controller) -> dict[str, dict[str, int]]:
+    """Count what was swapped, and the passes that replicas lack, where there is any of it."""
+    found, activity = {}, controller.activity
+    if activity.num_fetches:
+        found["swap"] = {"fetches": activity.num_fetches, "bytes": activity.swapped_bytes}
+    if controller.replicated:
+        behind = [
+            controller.lane_of(rank).steps[microbatch] - 1 - step
+            for (rank, microbatch), step in controller.replicated.items()
+        ]
+        found["replication"] = {"lag_steps": max(0, *behind)}
+    return found
 
 
 def stage_shares(controller: Controller, topology: Topology) -> Mapping[str, float]:

@@ -181,8 +181,8 @@ class Controller:
                     self.lane_of(rank).released(serial, step)
                 case Replicated():
                     self.replicated |= {(message.rank, microbatch): step for microbatch, step in message.steps}
-                case Busy(compute_s):
-                    self.activity.take(rank, compute_s, self.clock.now_s())
+                case Busy():
+                    self.activity.take(rank, message, self.clock.now_s())
                 case RecordChunk():
                     self.keep_chunk(message)
                 case Report():

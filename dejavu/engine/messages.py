@@ -190,9 +190,14 @@ class Rehearse:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Worker → controller, about twice a second while it has passes: how long it computed since it said so last."""
+    """Worker → controller, about twice a second while it has passes: how long it computed since it said so last.
+
+    And how often it has fetched swapped KV since, and the bytes that it fetched and flushed.
+    """
 
     compute_s: float
+    num_fetches: int = 0
+    swapped_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dejavu.measure.render import format_bytes, format_number, format_percent
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-BAR_WIDTH = 30
+BAR_WIDTH = 20
 
 
 def draw_status(name: str, status: Mapping[str, Any], tokens_per_s: float) -> "RenderableType":
@@ -43,9 +43,10 @@ def status_lines(status: Mapping[str, Any], tokens_per_s: float) -> Iterator[tup
 def streaming_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Give the lines of swapping, replication and failures, where there is any of it."""
     if swap := status.get("swap"):
-        yield "swaps", f"{swap['fetches']} fetches, {format_bytes(swap['bytes'])}, {swap['stall_ms']:.1f} ms of stalls"
+        yield "swaps", f"{swap['fetches']} fetches, {format_bytes(swap['bytes'])} in and out"
     if replication := status.get("replication"):
-        yield "replication", f"{replication['lag_steps']} steps behind"
+        lag = replication["lag_steps"]
+        yield "replicas", f"at most {lag} step{'s' * (lag != 1)} behind"
     for line in status.get("failures") or []:
         yield "failure", line
 

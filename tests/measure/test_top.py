@@ -29,26 +29,28 @@ def test_what_is_there_is_shown():
     assert "a-run: serving, 3.2 s" in text
     assert "2 of 8 done, 4 running, 2 waiting" in text
     assert "120, 40.0 a second" in text
-    assert "█" * 15 + "░" * 15 + " 50% busy" in text
+    assert "█" * 10 + "░" * 10 + " 50% busy" in text
     assert "3 of 12 blocks" in text
 
 
 def test_what_a_run_does_not_use_is_not_shown():
     text = drawn(STATUS)
-    assert not any(word in text for word in ("swaps", "replication", "failure", "KV"))
+    assert not any(word in text for word in ("swaps", "replicas", "failure", "KV"))
 
 
 def test_failures_are_told_in_words():
     text = drawn(STATUS | {"failures": ["rank 3 died", "rank 5 takes over"], "replication": {"lag_steps": 2}})
+    text += drawn(STATUS | {"swap": {"fetches": 7, "bytes": 3 << 20}})
     assert "rank 3 died" in text
     assert "rank 5 takes over" in text
-    assert "2 steps behind" in text
+    assert "at most 2 steps behind" in text
+    assert "7 fetches, 3.00 MiB in and out" in text
 
 
 def test_empty_status_is_a_start():
     assert "starting" in drawn({}, 0.0)
 
 
-@pytest.mark.parametrize(("value", "whole", "filled"), [(0, 0, 0), (1, 2, 15), (5, 2, 30), (-1, 2, 0)])
+@pytest.mark.parametrize(("value", "whole", "filled"), [(0, 0, 0), (1, 2, 10), (5, 2, 20), (-1, 2, 0)])
 def test_bar_is_bounded(value, whole, filled):
-    assert bar(value, whole) == "█" * filled + "░" * (30 - filled)
+    assert bar(value, whole) == "█" * filled + "░" * (20 - filled)
