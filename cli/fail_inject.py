@@ -13,7 +13,7 @@ import rich_click
 import yaml
 from rich.console import Console
 
-from dejavu.cluster.injection import FAULTS, Fault, parse_fault, random_faults, to_environment
+from dejavu.cluster.injection import FAULTS, Fault, describe_fault, parse_fault, random_faults, to_environment
 from dejavu.config import ServeConfig, load_config
 from dejavu.engine.journal import JOURNAL, Past, read_journal
 from dejavu.engine.losses import take_losses
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 Runs = dict[str, Path]
 
 
+COUNT = click.IntRange(min=1)
+
+
 def own_option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     """Declare an option of this command, apart from those of serving."""
     return click.option(*names, cls=rich_click.RichOption, panel="Injection", **settings)
@@ -50,8 +53,8 @@ def own_option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 @click.argument("profile", required=False)
 @own_option("--kill", "kills", multiple=True, metavar="WHO@WHEN", help="Kill a rank; may be repeated.")
 @own_option("--stop", "stops", multiple=True, metavar="WHO@WHEN", help="Stop a rank (SIGSTOP): it hangs. May repeat.")
-@own_option("--random", "num_random", type=int, default=0, metavar="N", help="Kill and stop N ranks at random moments.")
-@own_option("--every", type=int, default=0, metavar="N", help="Do it again each N steps, or N seconds with t=.")
+@own_option("--random", "num_random", type=COUNT, metavar="N", help="Kill and stop N ranks at random moments.")
+@own_option("--every", type=COUNT, metavar="N", help="Do it again each N steps, or N seconds with t=.")
 @own_option("--lose", type=click.Choice(["memory"]), help="Lose the victim's device memory too: KV and weights.")
 @own_option("--compare", is_flag=True, help="Also serve as a plain server does: everything restarts at the failure.")
 @config_options(ServeConfig)
@@ -59,8 +62,8 @@ def command(
     profile: str | None,
     kills: tuple[str, ...],
     stops: tuple[str, ...],
-    num_random: int,
-    every: int,
+    num_random: int | None,
+    every: int | None,
     lose: str | None,
     compare: bool,
     **values: Any,
@@ -74,7 +77,7 @@ def command(
 
     config = load_config(find_profile(profile), given(values))
     topology = build_topology(config, resolve_model(config.model, "dummy").spec, required_ranks(config))
-    faults = parse_faults(kills, stops, every, topology, loses_memory=lose is not None, is_random=num_random > 0)
+    faults = parse_faults(kills, stops, every or 0, topology, loses_memory=lose is not None, is_random=bool(num_random))
     directory, before = RunDirectory.create("fail-inject", config.out).path, Before()
     runs = {name: directory / name for name in ("whole", "failure")}
     jobs = [new_job(), new_job()]
@@ -86,7 +89,8 @@ def command(
     serve(config, runs["failure"], faults, jobs[1])
     if compare:
         runs |= serve_with_restart(config, directory, faults)
-    return report(directory, runs, Aftermath.of(runs["failure"], len(faults), before, jobs))
+    asked = [describe_fault(fault, topology) for fault in faults]
+    return report(directory, runs, Aftermath.of(runs["failure"], asked, before, jobs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +99,18 @@ class Aftermath:
 
     asked: int
     kinds: dict[str, int]  # those caused, each at least once
+    missed: list[str]  # those that were not
     left: list[str]
 
     @classmethod
-    def of(cls, run: Path, asked: int, before: "Before", jobs: Sequence[str]) -> "Aftermath":
+    def of(cls, run: Path, asked: Sequence[str], before: "Before", jobs: Sequence[str]) -> "Aftermath":
         """Look at a run that has ended."""
         from dejavu.cluster.injection import IncidentLog
         from dejavu.cluster.leavings import left_behind
 
-        kinds: Counter[str] = Counter({i.fault: i.kind for i in IncidentLog(run).read() if i.fault >= 0}.values())
-        return cls(asked, dict(kinds), left_behind(before, jobs))
+        caused = {incident.fault: incident.kind for incident in IncidentLog(run).read() if incident.fault >= 0}
+        missed = [text for number, text in enumerate(asked) if number not in caused]
+        return cls(len(asked), dict(Counter[str](caused.values())), missed, left_behind(before, jobs))
 
     @property
     def is_good(self) -> bool:
@@ -115,6 +121,8 @@ class Aftermath:
         """Say it in words."""
         parts = ", ".join(f"{count} by {kind}" for kind, count in sorted(self.kinds.items()))
         caused = f"{sum(self.kinds.values())} of {self.asked} failures were caused" + (f": {parts}." if parts else ".")
+        if self.missed:
+            caused += f" The run had ended before {', '.join(self.missed)}."
         return [caused, f"Left behind: {', '.join(self.left) or 'nothing'}."]
 
 
@@ -127,9 +135,11 @@ def parse_faults(
     loses_memory: bool,
     is_random: bool = False,
 ) -> list[Fault]:
-    """Read what is to happen; UsageError where nothing is."""
+    """Read what is to happen; UsageError where nothing is, or nothing that could be done again."""
     if not kills and not stops and not is_random:
-        raise UsageError("nothing is to fail: give --kill or --stop, such as --kill both:0@step=10")
+        raise UsageError("nothing is to fail: give --kill, --stop or --random, such as --kill both:0@step=10")
+    if every and not kills and not stops:
+        raise UsageError(f"--every {every} repeats --kill and --stop: give one, or more failures with --random")
     asked = [(text, "kill") for text in kills] + [(text, "stop") for text in stops]
     return [parse_fault(text, kind, topology, every, loses_memory=loses_memory) for text, kind in asked]  # type: ignore[arg-type]
 

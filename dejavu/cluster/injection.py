@@ -54,11 +54,19 @@ def parse_fault(text: str, kind: Kind, topology: Topology, every: int = 0, *, lo
     who, _, when = text.partition("@")
     moment = re.fullmatch(r"step=(\d+)|t=(\d+(?:\.\d+)?)|tokens=(\d+)", when)
     if not moment:
-        raise UsageError(f"{text!r} does not say when: write {who or 'token:1'}@step=40 or {who or 'token:1'}@t=3.5")
+        who = who.strip() or "token:1"
+        raise UsageError(f"{text!r} does not say when: write {who}@step=40, {who}@t=3.5 or {who}@tokens=500")
     step = None if moment[1] is None else int(moment[1])
     time_s = None if moment[2] is None else float(moment[2])
     tokens = None if moment[3] is None else int(moment[3])
     return Fault(find_rank(who, topology), kind, step, time_s, every, loses_memory, tokens)
+
+
+def describe_fault(fault: Fault, topology: Topology) -> str:
+    """Write a fault as `parse_fault` reads it."""
+    who = next(names_of(topology.placements[fault.rank], topology))
+    moments = {"step": fault.step, "t": fault.time_s, "tokens": fault.tokens}
+    return next(f"{who}@{name}={value}" for name, value in moments.items() if value is not None)
 
 
 def random_faults(

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 RULE = re.compile(r"-{70,}\s*")
-NOISE = re.compile(r"(LAUNCHER JOB OBJECT NOT FOUND)+|\[warn\] Epoll ADD\(4\) on fd \d+ failed")  # after MPI_Comm_spawn
+NOISE = re.compile(
+    r"(LAUNCHER JOB OBJECT NOT FOUND)+|\[warn\] Epoll ADD\(4\) on fd \d+ failed"  # after MPI_Comm_spawn
+    r"|NBC_Progress: an error \d+ was found|Error in NBC_Start_round"  # a barrier that a death ends, as the ranks know
+    r"|\[\S+\] \S+osc_ucx_component\.c:\d+\s+Error: OSC UCX component priority"  # of windows, which are not UCX's
+)
 MOST_LINES = 40
 BOILERPLATE = (
     "MPI_ABORT was invoked",

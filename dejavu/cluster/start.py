@@ -49,8 +49,8 @@ START_S = 300.0  # that ranks may take to meet
 
 def run_rank(config: ServeConfig) -> int:
     """Meet the other ranks, and be rank 0, which serves, or a worker; give the exit code."""
-    channel = meet_all(config)
     try:
+        channel = meet_all(config)
         code = serve(channel, config) if channel.rank == CONTROLLER else work(channel)
     except PeerLostError as error:
         if config.on_failure != "abort":
@@ -65,7 +65,10 @@ def meet_all(config: ServeConfig) -> Channel:
     faulthandler.dump_traceback_later(START_S, exit=True)  # MPI's start can be interrupted by nothing less
     from mpi4py import MPI
 
-    channel = Channel(MPI.COMM_WORLD, config.stall_timeout)
+    try:
+        channel = Channel(MPI.COMM_WORLD, config.stall_timeout)
+    except MPI.Exception as error:
+        raise PeerLostError(f"a rank died before all had met ({error}): look for its last words above") from error
     faulthandler.cancel_dump_traceback_later()
     return channel
 
@@ -75,8 +78,10 @@ def part(channel: Channel, code: int) -> None:
     if channel.membership.epoch == 0:
         try:
             return channel.close()
-        except PeerLostError as error:
-            sys.stderr.write(f"rank {channel.rank}: {error} (after the end of the run)\n")
+        except PeerLostError:
+            lost = channel.lost_processes()
+            if lost and channel.rank == min(set(channel.membership.present) - set(lost)):
+                sys.stderr.write(f"{channel.names(lost)} died as the run had ended, with all results written\n")
     channel.agree_to_leave()
     sys.stdout.flush()
     sys.stderr.flush()

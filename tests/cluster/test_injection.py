@@ -12,6 +12,7 @@ from dejavu.cluster.injection import (
     Incident,
     IncidentLog,
     Injector,
+    describe_fault,
     faults_for,
     from_environment,
     parse_fault,
@@ -52,6 +53,9 @@ def test_every_rank_has_a_name(who, rank):
     topology = make_topology(prompt_pp=1, token_pp=2, tp=2, spares=2)
     assert parse_fault(f"{who}@step=40", "kill", topology) == Fault(rank, "kill", step=40)
     assert parse_fault(f"{who}@t=3.5", "stop", topology, 2) == Fault(rank, "stop", time_s=3.5, every=2)
+    for when in ("step=40", "t=3.5", "tokens=500"):
+        fault = parse_fault(f"{who}@{when}", "kill", topology)
+        assert parse_fault(describe_fault(fault, topology), "kill", topology) == fault
 
 
 def test_stages_of_several_pipelines_are_counted_through():
