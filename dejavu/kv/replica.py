@@ -104,11 +104,6 @@ class ReplicaBooks:
         is_new = any(book.copied == 0 for _, book in books)
         return take_copies(books) if is_new or step % self.every == 0 else None
 
-    def forget_copies(self) -> None:
-        """Begin anew with an empty store: everything has to be copied again."""
-        for book in self.rows.values():
-            book.copied = 0
-
 
 def take_copies(books: Iterable[tuple[Place, RowBook]]) -> list[RowCopy]:
     """Give what rows lack, and count it as copied."""

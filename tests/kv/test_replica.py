@@ -186,8 +186,6 @@ def test_who_goes_on_after_a_failure_is_not_copied_again():
     assert [(copy.serial, copy.start, copy.stop) for copy in books.due(0, 0)] == [(9, 0, 2)]
     books.advance((0, 0), 9)
     assert [(copy.serial, copy.start, copy.stop) for copy in books.due(0, 1)] == [(7, 8, 9)]
-    books.forget_copies()
-    assert [(copy.serial, copy.start, copy.stop) for copy in books.due(0, 2)] == [(7, 0, 9), (9, 0, 2)]
 
 
 def test_a_store_is_opened_again_and_gives_blocks_back(device):
