@@ -24,6 +24,7 @@ from .driver import finish, open_run_directory, run_ranks
 
 if TYPE_CHECKING:
     from dejavu.engine.controller import Controller
+    from dejavu.engine.disk import DiskMover
     from dejavu.engine.messages import Report, Work
     from dejavu.engine.replication import PassFollower
     from dejavu.request import Completion, Request
@@ -55,6 +56,7 @@ class Round:
 @click.option("--rounds", default=10, show_default=True, type=click.IntRange(1), help="Pairs of rounds.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="CPU threads of each worker.")
 @click.option("--transport", default="auto", show_default=True, help="--replica-transport of `dejavu serve`.")
+@click.option("--kv-disk", help="Measure what keeping KV in this directory costs, in place of replicas in memory.")
 @click.option("--out", help="The run directory.")
 @click.pass_context
 def command(context: click.Context, /, out: str | None, rounds: int, **given: Any) -> int:
@@ -69,9 +71,8 @@ def configure(given: dict[str, Any]) -> ServeConfig:
     names = {"batch": "microbatch_size", "transport": "replica_transport"}
     values = {names.get(name, name): value for name, value in given.items()}
     row_len = given["prompt_len"] + given["output_len"]
-    return make_config(
-        {**values, "replicate": "ring", "row_len": row_len, "num_requests": given["pp"] * given["batch"]}
-    )
+    way = {"replicate": "off" if given.get("kv_disk") else "ring"}
+    return make_config({**values, **way, "row_len": row_len, "num_requests": given["pp"] * given["batch"]})
 
 
 def run_rank(config: ServeConfig, rounds: int, given: dict[str, Any]) -> int:
@@ -98,7 +99,7 @@ def run_rank(config: ServeConfig, rounds: int, given: dict[str, Any]) -> int:
         error = "a token differs with replication" if row["wrong"] else None
         code = finish(directory, "replication", [row], given, error=error)
     else:
-        meter = meter_rounds()
+        meter = meter_rounds(on_disk=config.kv_disk is not None)
         run_worker(channel, channel.receive(CONTROLLER)[1])
         channel.send(CONTROLLER, meter)
     channel.close()
@@ -107,22 +108,28 @@ def run_rank(config: ServeConfig, rounds: int, given: dict[str, Any]) -> int:
 
 @dataclass(slots=True)
 class Meter:
-    """Add up the processor time of a rank's main thread in token passes, and that which replication took of it."""
+    """Add up the processor time of a rank's main thread in token passes, and that which replication took of it.
+
+    `threads_s` is that of the thread that writes to the disk.
+    """
 
     num_passes: int = 0
     passes_s: float = 0.0
     replication_s: float = 0.0
+    threads_s: float = 0.0
 
 
-def meter_rounds() -> Meter:
+def meter_rounds(*, on_disk: bool) -> Meter:
     """Have this rank's replicators leave out the passes of rounds without replication, and meter the others."""
+    from dejavu.engine.disk import DiskMover
     from dejavu.engine.replication import PassFollower
     from dejavu.engine.worker import Worker
 
-    end, look, step = PassFollower.end, PassFollower.look, Worker.step
+    kind: Any = DiskMover if on_disk else PassFollower
+    end, look, step, write = kind.end, kind.look, Worker.step, DiskMover.write
     muted, meter, metered = set[int](), Meter(), [False]
 
-    def end_unmuted(self: "PassFollower", work: "Work") -> None:
+    def end_unmuted(self: "DiskMover | PassFollower", work: "Work") -> None:
         muted.update(a.serial for a in work.admissions if a.request.request_id.startswith(WITHOUT))
         metered[0] = work.rows[0].serial not in muted and work.kind == "token"
         if work.rows[0].serial not in muted:
@@ -130,9 +137,9 @@ def meter_rounds() -> Meter:
             end(self, work)
             meter.replication_s += (time.thread_time() - begun_s) * metered[0]
 
-    def look_metered(self: "PassFollower") -> float:
+    def look_metered(self: "DiskMover | PassFollower") -> float:
         begun_s = time.thread_time()
-        pause_s = look(self)
+        pause_s: float = look(self)
         meter.replication_s += (time.thread_time() - begun_s) * metered[0]
         return pause_s
 
@@ -142,7 +149,14 @@ def meter_rounds() -> Meter:
         meter.num_passes += metered[0]
         meter.passes_s += (time.thread_time() - begun_s) * metered[0]
 
-    PassFollower.end, PassFollower.look, Worker.step = end_unmuted, look_metered, step_metered  # type: ignore[method-assign]
+    def write_metered(self: "DiskMover", *arguments: Any) -> Any:
+        begun_s = time.thread_time()
+        written = write(self, *arguments)
+        meter.threads_s += (time.thread_time() - begun_s) * metered[0]
+        return written
+
+    kind.end, kind.look = end_unmuted, look_metered
+    Worker.step, DiskMover.write = step_metered, write_metered  # type: ignore[assignment, method-assign]
     return meter
 
 
@@ -183,7 +197,7 @@ def make_row(config: ServeConfig, rounds: Sequence[Round], reports: "Sequence[Re
     costs = [100 * (on / off - 1) for on, off in zip(periods[WITH], periods[WITHOUT], strict=True)]
     expected = config.microbatch_size * token_bytes
     transfers = [move for report in reports for move in report.transfers]
-    steps = [move for move in transfers if move.bytes <= expected]
+    steps = [move for move in transfers if move.bytes <= expected] or transfers  # several steps may go together
     low, _, high = quantiles(costs, n=4) if len(costs) > 1 else (costs[0],) * 3
     return {
         "model": config.model,
@@ -209,6 +223,7 @@ def share(meters: Sequence[Meter]) -> dict[str, Any]:
         "pass_cpu_us": 1e6 * passes_s / num_passes,
         "replication_cpu_us": 1e6 * replication_s / num_passes,
         "cpu_percent": 100 * replication_s / passes_s,
+        "threads_cpu_us": 1e6 * sum(meter.threads_s for meter in meters) / num_passes,
     }
 
 

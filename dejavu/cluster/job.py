@@ -63,6 +63,7 @@ def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
         device,
         len(gpu_bytes),
         cut_at,
+        run_id=blake2b(name.encode(), digest_size=8).hexdigest(),
         model_mark=mark_model(model.spec, directory),
     )
     return Job(setup, tuple(requests), tokenizer)

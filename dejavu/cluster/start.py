@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -152,7 +151,7 @@ def serve(channel: Channel, config: ServeConfig) -> int:
         for rank in workers:
             channel.send(rank, None)
         return refuse(error)
-    job = replace(job, setup=replace(job.setup, run_id=name_run(directory)))
+    job = replace(job, setup=replace(job.setup, run_id=name_run(directory, job.setup.run_id)))
     show_capacity(job.setup)
     for rank in workers:
         channel.send(rank, (job.setup, str(directory.path.absolute())))
@@ -163,10 +162,10 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     return 0
 
 
-def name_run(directory: RunDirectory) -> str:
+def name_run(directory: RunDirectory, new: str) -> str:
     """Give the name of what a run keeps on disk: the one that it had before, where it is started again."""
     described = directory.read_run() if RESUME in os.environ else {}
-    return str(described.get("run_id") or secrets.token_hex(8))
+    return str(described.get("run_id") or new)
 
 
 def inherit(directory: RunDirectory) -> Inheritance | None:

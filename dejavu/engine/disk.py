@@ -2,7 +2,7 @@
 
     pool → (device: packed pieces) → staging → (a thread: checksums, write) → file → (another: every half second) → disk
 
-A prompt is written at once, the tokens of steps together a few times a second. What a killed process had not written
+A prompt is written at once, the tokens of steps together ten times a second. What a killed process had not written
 is passed again.
 """
 
@@ -21,7 +21,7 @@ from dejavu.device.pieces import Pieces
 from dejavu.engine.handover import LOOK_EVERY_S, NoMover, RunTime
 from dejavu.engine.messages import Admission, Expect, Report, Work
 from dejavu.engine.replication import ReplicaSource, note_pass
-from dejavu.kv.disk import Bytes, KvFile, Loaded, fit, load
+from dejavu.kv.disk import Bytes, KvFile, Loaded, TokenPacker, fit, load
 from dejavu.kv.replica import HeldRow, Place, ReplicaBooks, RowCopy, count_bytes, list_pieces
 from dejavu.measure.records import TransferRecord
 from dejavu.transport.carrier import Gathering, Transfer
@@ -29,20 +29,20 @@ from dejavu.transport.lanes import Lanes
 from dejavu.transport.staging import CHUNK_BYTES, Slots, is_short, move
 
 NAME = "disk"  # in the records
-POST_EVERY_S = 0.05  # the tokens of steps
+POST_EVERY_S = 0.1  # the tokens of steps
 SYNC_EVERY_S = 0.5
-BUSY_S = 5e-3  # after which to look again whether a write has ended
+BUSY_S = 5e-3  # after which to look again whether there is a slot
 NUM_SLOTS = 8
 NUM_READERS = 4
 READ_BYTES = 64 << 20  # read ahead, in all
 
 
 class Staged(NamedTuple):
-    """Be tokens on their way to a slot of staging memory."""
+    """Be tokens on their way to a slot of staging memory; without a transfer they are there."""
 
     copies: Sequence[RowCopy]
     slot: Buffer
-    transfer: Transfer
+    transfer: Transfer | None
     start_s: float
 
 
@@ -80,6 +80,8 @@ class DiskMover(NoMover):
         self.posted_s = self.synced_s = time.monotonic()
         self.written: list[Written] = []
         self.slots = Slots(source.device, slot_bytes=max(CHUNK_BYTES, file.layout.bytes_per_token), num_slots=NUM_SLOTS)
+        in_step = source.device.properties.kind == "cpu" and source.stream is source.device.compute_stream
+        self.packer = TokenPacker(source.pool, file.layout) if in_step else None
         self.lanes = Lanes(source.device, NAME, limit=1)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="kv-writer")
         self.syncer = ThreadPoolExecutor(1, thread_name_prefix="kv-syncer")
@@ -145,12 +147,9 @@ class DiskMover(NoMover):
         """Give the seconds after which to look again."""
         if self.staged:
             return LOOK_EVERY_S
-        if self.writing:
-            return BUSY_S
-        now_s = time.monotonic()
         if self.pending:
-            return max(LOOK_EVERY_S, self.posted_s + POST_EVERY_S - now_s)
-        return max(BUSY_S, self.synced_s + SYNC_EVERY_S - now_s) if self.is_dirty else float("inf")
+            return max(BUSY_S, self.posted_s + POST_EVERY_S - time.monotonic())
+        return SYNC_EVERY_S if self.writing or self.is_dirty or self.syncing else float("inf")
 
     def post(self) -> None:
         """Copy what waits to staging memory, as far as there is any."""
@@ -165,8 +164,12 @@ class DiskMover(NoMover):
         self.is_urgent, self.posted_s = bool(copies), now_s
         self.pass_on()
 
-    def stage(self, copies: Sequence[RowCopy], slot: Buffer) -> Transfer:
-        """Start copying tokens to a slot."""
+    def stage(self, copies: Sequence[RowCopy], slot: Buffer) -> Transfer | None:
+        """Start copying tokens to a slot; None where they are there already."""
+        if self.packer:
+            nbytes = count_bytes(self.file.layout, copies)
+            self.packer.pack(array_at(slot.address, (nbytes,)), copies)
+            return None
         device, pool, stream = self.source.device, self.source.pool, self.source.stream
         pieces = list_pieces(self.file.layout, copies)
 
@@ -186,10 +189,10 @@ class DiskMover(NoMover):
 
         A pass that wrote into blocks meanwhile, for another request, is known by now: no pass begins amid a look.
         """
-        while self.staged and self.staged[0].transfer.done:
+        while self.staged and ((transfer := self.staged[0].transfer) is None or transfer.done):
             staged = self.staged.popleft()
-            if staged.transfer.error:
-                raise staged.transfer.error
+            if transfer and transfer.error:
+                raise transfer.error
             wanted = [self.is_wanted(copy) for copy in staged.copies]
             self.writing.append(self.writer.submit(self.write, staged, wanted))
 
@@ -252,6 +255,7 @@ class DiskMover(NoMover):
 
     def close(self) -> None:
         """Finish the writes that have begun, and let go of the file; another process may have it then."""
+        self.packer = None
         self.lanes.close()
         self.writer.shutdown()
         self.syncer.shutdown()

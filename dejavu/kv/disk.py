@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dejavu.device.base import Closing
+from dejavu.device.base import Buffer, Closing
 from dejavu.errors import DejavuError
 from dejavu.kv.layout import Ints, PoolLayout
 from dejavu.kv.replica import HeldRow, Place, RowCopy, count_bytes
@@ -267,6 +267,30 @@ def fit(layout: PoolLayout, copies: list[RowCopy], most_bytes: int) -> tuple[lis
         taken += count
     assert count_bytes(layout, copies) <= most_bytes
     return copies, []
+
+
+class TokenPacker:
+    """Pack tokens of a pool in the host's memory as `KvFile.write` takes them, at once; it runs between two passes."""
+
+    __slots__ = ("_source", "layout")
+
+    def __init__(self, pool: Buffer, layout: PoolLayout) -> None:
+        """Read `pool`, which stays mapped as long as this is used."""
+        self.layout = layout
+        shape = layout.num_blocks, 2 * layout.num_layers, layout.block_size
+        token = np.dtype((np.void, layout.token_bytes))
+        self._source = pool.view(0, layout.total_bytes).tensor().numpy().view(token).reshape(shape)
+
+    def pack(self, target: Bytes, copies: Sequence[RowCopy]) -> None:
+        """Copy parts of blocks one behind the other."""
+        size, begin = self.layout.block_size, 0
+        tokens = target.view(self._source.dtype)
+        for copy in copies:
+            for block, start, stop in cut_blocks(copy.blocks, copy.start, copy.stop, size):
+                first = start % size
+                part = self._source[block, :, first : first + stop - start]
+                tokens[begin : begin + part.size].reshape(part.shape)[:] = part
+                begin += part.size
 
 
 def to_tokens(packed: Bytes, count: int, layout: PoolLayout) -> Bytes:

@@ -42,6 +42,7 @@ def test_rounds_are_compared_in_pairs():
 
 
 def test_shares_add_up_over_ranks():
-    row = share([Meter(10, 0.1, 0.001), Meter(30, 0.3, 0.007)])
+    row = share([Meter(10, 0.1, 0.001), Meter(30, 0.3, 0.007, 0.004)])
     assert unexplained("benchmarks.md", "bench replication", row) == []
-    assert row == pytest.approx({"pass_cpu_us": 10_000, "replication_cpu_us": 200, "cpu_percent": 2.0})
+    expected = {"pass_cpu_us": 10_000, "replication_cpu_us": 200, "cpu_percent": 2.0, "threads_cpu_us": 100}
+    assert row == pytest.approx(expected)
