@@ -127,6 +127,7 @@ class KvFile(Closing):
             sync_directories(path.parent)
         except BaseException:
             os.close(descriptor)
+            path.unlink(missing_ok=True)
             raise
         return cls(descriptor, path, layout, key)
 
