@@ -110,7 +110,7 @@ def show(config: ServeConfig, arguments: list[str]) -> int:
     console = Console()
     topology = build_topology(config, resolve_model(config.model, "dummy").spec, required_ranks(config))
     launch = plan_launch(required_ranks(config), arguments, console, hostfile=config.hostfile)
-    hosts = planned_hosts(config.hostfile, required_ranks(config))
+    hosts = planned_hosts(config.hostfile, required_ranks(config), os.environ)
     console.print(rank_table(topology, device_names(config), hosts))
     show_line(console, launch)
     return 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from dejavu.cluster.allocation import allocated_hosts
 from dejavu.cluster.launcher import JOB
 from dejavu.config import ServeConfig
 from dejavu.device import cuda_device_bytes, cuda_device_name, num_cuda_devices, why_no_cuda
@@ -51,7 +52,8 @@ def prepare(config: ServeConfig, world_size: int | None = None) -> Job:
     directory = None if config.load_format == "dummy" else model.directory
     name = os.environ.get(JOB) or secrets.token_hex(16)
     gpu_bytes = [cuda_device_bytes(index) for index in range(num_cuda_devices())] if device == "cuda" else []
-    cut_at = choose_cut(config, model.spec, topology, caches, dtype, gpu_bytes)
+    is_spread = config.hostfile or len(set(allocated_hosts(os.environ))) > 1
+    cut_at = 0 if is_spread else choose_cut(config, model.spec, topology, caches, dtype, gpu_bytes)
     setup = EngineSetup(
         config,
         model.spec,

@@ -33,7 +33,7 @@ RESTORE_KEY = 1  # of the one message that gives a pool its KV back
 RESTART_S = 120.0  # how long memory is kept on a host whose supervisor is elsewhere, when its ranks have gone
 
 
-def choose_guardian(environment: Mapping[str, str], host: str, parent: int) -> Guardian:
+def choose_guardian(environment: Mapping[str, str], host: str, parent: int, *, may_restart: bool) -> Guardian:
     """Give the process whose end is the job's: the supervisor on its host; elsewhere the mpirun or its daemon.
 
     Where a supervisor on another host may start the job again, memory is kept for a while after the daemon's end.
@@ -42,12 +42,15 @@ def choose_guardian(environment: Mapping[str, str], host: str, parent: int) -> G
     files = str(segment_directory(environment) or "")
     if JOB not in environment or not process:
         return Guardian(parent, files=files)
-    return Guardian(int(process), files=files) if place == host else Guardian(parent, RESTART_S, files)
+    if place == host:
+        return Guardian(int(process), files=files)
+    return Guardian(parent, RESTART_S if may_restart else 0.0, files)
 
 
 def open_vault(setup: EngineSetup) -> Vault:
     """Join this host's keeper, or start it."""
-    return Vault(setup.job, choose_guardian(os.environ, socket.gethostname(), os.getppid()))
+    may_restart = setup.config.on_failure != "abort"
+    return Vault(setup.job, choose_guardian(os.environ, socket.gethostname(), os.getppid(), may_restart=may_restart))
 
 
 def take_memory(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dejavu.cluster.allocation import allocated_hosts, check_start
 from dejavu.errors import UsageError
 
 RUN_DIR = "DEJAVU_RUN_DIR"
@@ -70,7 +71,8 @@ class Terminal:
 
 
 def world_rank(environment: Mapping[str, str]) -> int | None:
-    """Give this process's rank if mpirun started it, else None."""
+    """Give this process's rank if mpirun started it, else None; raise UsageError where srun did, several times."""
+    check_start(environment)
     return next((int(environment[name]) for name in RANK_VARIABLES if name in environment), None)
 
 
@@ -112,13 +114,17 @@ def check_hostfile(hostfile: str | None) -> None:
         raise UsageError(f"hostfile {hostfile!r} names no host: write lines such as `node1 slots=4`")
 
 
-def planned_hosts(hostfile: str | None, num_ranks: int) -> list[str]:
-    """Give each rank's host, as ranks fill the slots of a hostfile in order.
+def planned_hosts(hostfile: str | None, num_ranks: int, environment: Mapping[str, str]) -> list[str]:
+    """Give each rank's host, as ranks fill in order the slots of a hostfile, or else of a Slurm allocation.
 
-    Nothing where mpirun decides: without a hostfile, where a line names no slots, or where they are too few.
+    Nothing where mpirun decides: without either, where a line names no slots, or where they are too few.
     """
-    if hostfile is None:
-        return []
+    hosts = read_slots(hostfile) if hostfile else allocated_hosts(environment)
+    return hosts[:num_ranks] if len(hosts) >= num_ranks else []
+
+
+def read_slots(hostfile: str) -> list[str]:
+    """Give the host of each slot of a hostfile; nothing where a line names no slots."""
     lines = [line.split("#")[0].split() for line in Path(hostfile).read_text(encoding="utf-8").splitlines()]
     hosts: list[str] = []
     for name, *settings in filter(None, lines):
@@ -126,7 +132,7 @@ def planned_hosts(hostfile: str | None, num_ranks: int) -> list[str]:
         if not slots or not slots[0].isdecimal():
             return []
         hosts += [name] * int(slots[0])
-    return hosts[:num_ranks] if len(hosts) >= num_ranks else []
+    return hosts
 
 
 def rank_environment(
@@ -172,6 +178,7 @@ def build_launch(
     """
     variables = rank_environment(environment, terminal, run_dir, job)
     hosts = ("--hostfile", hostfile) if hostfile else ()
-    exports = tuple(word for name in forwarded(variables) for word in ("-x", name)) if hostfile else ()
+    is_spread = hostfile or allocated_hosts(environment)
+    exports = tuple(word for name in forwarded(variables) for word in ("-x", name)) if is_spread else ()
     flags = (*FLAGS, *TCP_MESSAGE_FLAGS, *(DETECTOR_FLAGS if detector else ()))
     return Launch((str(mpirun), *flags, *hosts, *exports, "-n", str(num_ranks), *program), variables)

@@ -19,6 +19,7 @@ BOILERPLATE = (
     "prterun noticed that process rank",
     "has exited due to process rank",
     "was killed without calling",
+    "srun returned non-zero exit status",  # it started mpirun's daemons
     "is not tested for post-failure",  # of one-sided windows, which the program gives deadlines of its own
 )
 

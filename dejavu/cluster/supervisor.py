@@ -95,9 +95,12 @@ class Supervisor:
                 self.watch()
                 return self.result()
             except Stopped as stopped:
-                self.stop(self.grace_s)
                 name = signal.Signals(stopped.signum).name
-                return JobResult("error", 128 + stopped.signum, f"stopped by {name}")
+                result = JobResult("error", 128 + stopped.signum, f"stopped by {name}")
+                # written now, before a rank says that it has lost the others
+                self.directory.write_result(result.outcome, result.exit_code, result.error, result.rank)
+                self.stop(self.grace_s)
+                return result
             finally:
                 with handling(signal.SIG_IGN):
                     self.sweep()

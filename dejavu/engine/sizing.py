@@ -169,10 +169,10 @@ def choose_cut(
 ) -> int:
     """Give the prompt tokens of a pass at which prompts are cut, where GPUs cannot hold the largest pass; else 0.
 
-    `gpu_bytes` is the memory of each of the host's GPUs, which the workers take in turn. KV that goes on to another
-    pipeline leaves with its whole prompt, so there prompts stay whole; what other hosts have is not known here.
+    `gpu_bytes` is the memory of each of the GPUs of the one host, which the workers take in turn. KV that goes on to
+    another pipeline leaves with its whole prompt, so there prompts stay whole.
     """
-    if not gpu_bytes or config.is_disaggregated or config.prompt_chunk or config.hostfile:
+    if not gpu_bytes or config.is_disaggregated or config.prompt_chunk:
         return 0
     fits = min(
         tokens_that_fit([p for p in topology.workers if (p.rank - 1) % len(gpu_bytes) == gpu], nbytes, *sizes)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,17 +13,12 @@ import yaml
 from dejavu.cluster.injection import FAULTS, Fault
 from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import TransferRecord, read_csv
+from tests.cluster.two_hosts import two_hosts
 from tests.model_zoo import make_checkpoint
 
 pytestmark = pytest.mark.timeout(150)
 
 REPOSITORY = Path(__file__).parents[2]
-ON = """#!/bin/bash
-# NODE COMMAND...: run a command on a host
-space={space}$1
-exec ip netns exec $space setsid -w unshare --uts --mount bash -c \
-    'mount --bind {directory}/hosts /etc/hosts; hostname $0; exec "$@"' "$@"
-"""
 SRUN = """#!/bin/bash
 [ "$1" = --version ] && echo "slurm 23.11.4" && exit
 number=0
@@ -34,9 +28,6 @@ for node in ${{nodes//,/ }}; do
     number=$((number + 1))
 done
 wait
-"""
-SCONTROL = """#!/bin/bash
-[ "$*" = "show hostnames node[1-2]" ] && printf '%s\\n' node1 node2
 """
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -52,35 +43,12 @@ SLURM = {
 PROMPT = [5, 6, 7]
 
 
-def ip(*arguments, check=True):
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=check)
-
-
 @pytest.fixture
 def hosts(tmp_path):
-    """Make two hosts that a cable joins; give the directory of the commands that Slurm would have."""
-    prefix = f"dv{os.getpid()}"
-    if shutil.which("ip") is None or os.geteuid() or ip("netns", "add", f"{prefix}node1", check=False).returncode:
-        pytest.skip("no second host: namespaces need root and iproute2")
-    try:
-        ip("netns", "add", f"{prefix}node2")
-        ends = [f"name lan netns {prefix}node{number}".split() for number in (1, 2)]
-        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
-        for number in (1, 2):
-            inside = ("-n", f"{prefix}node{number}")
-            ip(*inside, "addr", "add", f"10.77.0.{number}/24", "dev", "lan")
-            ip(*inside, "link", "set", "lan", "up")
-            ip(*inside, "link", "set", "lo", "up")
-        (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n")
-        for name, text in {"on": ON, "srun": SRUN, "scontrol": SCONTROL}.items():
-            (tmp_path / name).write_text(text if name == "scontrol" else text.format(directory=tmp_path, space=prefix))
-            (tmp_path / name).chmod(0o755)
+    """Make two hosts that a cable joins, with the command that Slurm would have."""
+    with two_hosts(tmp_path, ("node1", "node2"), "10.77.0") as made:
+        made.add_program("srun", SRUN.format(directory=tmp_path))
         yield tmp_path
-    finally:
-        for number in (1, 2):
-            for process in ip("netns", "pids", f"{prefix}node{number}", check=False).stdout.split():
-                os.kill(int(process), 9)
-            ip("netns", "del", f"{prefix}node{number}", check=False)
 
 
 def expected_tokens(model, count):

@@ -43,16 +43,17 @@ FILES = str(directory_of("x"))
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected"),
+    ("environment", "may_restart", "expected"),
     [
-        ({}, Guardian(7)),
-        ({"DEJAVU_JOB": "x", "DEJAVU_SUPERVISOR": "5@here"}, Guardian(5, files=FILES)),
-        ({"DEJAVU_JOB": "x", "DEJAVU_SUPERVISOR": "5@there"}, Guardian(7, RESTART_S, FILES)),
-        ({"DEJAVU_SUPERVISOR": "5@here"}, Guardian(7)),
+        ({}, True, Guardian(7)),
+        ({"DEJAVU_JOB": "x", "DEJAVU_SUPERVISOR": "5@here"}, True, Guardian(5, files=FILES)),
+        ({"DEJAVU_JOB": "x", "DEJAVU_SUPERVISOR": "5@there"}, True, Guardian(7, RESTART_S, FILES)),
+        ({"DEJAVU_JOB": "x", "DEJAVU_SUPERVISOR": "5@there"}, False, Guardian(7, files=FILES)),
+        ({"DEJAVU_SUPERVISOR": "5@here"}, True, Guardian(7)),
     ],
 )
-def test_the_keeper_watches_whoever_ends_the_job(environment, expected):
-    assert choose_guardian(environment, "here", 7) == expected
+def test_the_keeper_watches_whoever_ends_the_job(environment, may_restart, expected):
+    assert choose_guardian(environment, "here", 7, may_restart=may_restart) == expected
 
 
 def test_a_successor_finds_weights_and_pool():

@@ -118,6 +118,8 @@ def test_world_rank_tells_a_rank_from_a_user():
     assert world_rank({"OMPI_COMM_WORLD_RANK": "3", "PMIX_RANK": "3"}) == 3
     assert world_rank({"PMIX_RANK": "0"}) == 0
     assert world_rank({"HOME": "/"}) is None
+    with pytest.raises(UsageError, match="srun has started this 3 times"):
+        world_rank({"SLURM_STEP_NUM_TASKS": "3", "PMI_RANK": "1"})
 
 
 def test_mpirun_of_the_environment_comes_before_the_path(tmp_path):
@@ -155,5 +157,15 @@ def test_hostfile_has_to_name_a_host(tmp_path):
 )
 def test_ranks_fill_the_slots_of_hosts_in_order(tmp_path, lines, num_ranks, hosts):
     (tmp_path / "hosts").write_text(lines)
-    assert planned_hosts(str(tmp_path / "hosts"), num_ranks) == hosts
-    assert planned_hosts(None, num_ranks) == []
+    slurm = {"SLURM_NODELIST": "far[1-2]", "SLURM_TASKS_PER_NODE": "2(x2)"}
+    assert planned_hosts(str(tmp_path / "hosts"), num_ranks, slurm) == hosts
+    assert planned_hosts(None, num_ranks, {}) == []
+
+
+def test_ranks_fill_a_slurm_allocation_and_get_its_variables_on_other_hosts():
+    slurm = {"SLURM_NODELIST": "far[1-2]", "SLURM_TASKS_PER_NODE": "2(x2)", "HF_HOME": "/h"}
+    assert planned_hosts(None, 3, slurm) == ["far1", "far1", "far2"]
+    assert planned_hosts(None, 5, slurm) == []
+    command = launch(slurm).command
+    assert "HF_HOME" in after(command, "-x")
+    assert "--hostfile" not in command
