@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from dejavu.transport.membership import Membership, enlist
+from dejavu.transport.waiting import Door
 
 Name = tuple[int, int]  # a process's job, and its rank in that job's COMM_WORLD
 Life = tuple[int, Name | None]  # the descriptor of what tells of its end, and by what name MPI is told
@@ -26,6 +27,7 @@ class Crew:
     pids: tuple[int, ...]
     membership: Membership
     lives: tuple[Life, ...]
+    doors: tuple[Door | None, ...]  # where other hosts ring, if they can
 
     def enlist(self, newcomer: Newcomer) -> "Crew":
         """Give the crew with a process more."""
@@ -35,4 +37,5 @@ class Crew:
             pids=(*self.pids, newcomer.pid),
             membership=enlist(self.membership, len(self.pids)),
             lives=(*self.lives, newcomer.life),
+            doors=(*self.doors, None),
         )

@@ -15,12 +15,15 @@ from mpi4py import MPI
 from torch import Tensor
 
 from dejavu.errors import DeadlineError, EndedByPeerError, PeerLostError
+from dejavu.transport.carrier import UnavailableError
 from dejavu.transport.crew import Crew, Life, Newcomer
 from dejavu.transport.half_made import guard_half_made
 from dejavu.transport.lifeline import Lifeline
 from dejavu.transport.membership import Membership, reassign
 from dejavu.transport.obituary import declare_dead, own_name
-from dejavu.transport.waiting import Doorbell, Patience, new_job_name
+from dejavu.transport.registry import INTERFACE
+from dejavu.transport.tcp_meeting import own_address
+from dejavu.transport.waiting import Door, Doorbell, Patience, new_job_name
 
 CONTROL, TENSOR = 1, 2
 Parameters = ParamSpec("Parameters")
@@ -71,11 +74,14 @@ class Channel:
         guard_half_made()
         self.comm = comm if crew else comm.Dup()
         self.lifeline = lifeline or Lifeline()
-        crew = crew or meet(self.comm, self.lifeline.fd)
-        self.process = crew.membership.processes[comm.Get_rank()]
+        if crew:
+            self.process = crew.membership.processes[comm.Get_rank()]
+            self.doorbell = Doorbell(crew.doorbell, self.process)
+        else:
+            self.process = comm.Get_rank()
+            crew, self.doorbell = meet(self.comm, self.lifeline.fd)
         self.deadline_s = deadline_s
         self.pending: deque[tuple[MPI.Request, object]] = deque()  # with the memory that MPI may still use
-        self.doorbell = Doorbell(crew.doorbell, self.process)
         self.is_recoverable = False
         OPEN.add(self)
         self.know(crew)
@@ -84,11 +90,12 @@ class Channel:
     def crew(self) -> Crew:
         """Give what a process that joins has to know."""
         hosts, pids = tuple(self.process_hosts), tuple(self.pids)
-        return Crew(self.doorbell.job, hosts, pids, self.membership, tuple(self.lives))
+        return Crew(self.doorbell.job, hosts, pids, self.membership, tuple(self.lives), self.doors)
 
     def know(self, crew: Crew) -> None:
         """Take all processes as they are from now on."""
         self.process_hosts, self.pids, self.lives = list(crew.hosts), list(crew.pids), list(crew.lives)
+        self.doors = crew.doors
         self.join(crew.membership)
 
     def join(self, membership: Membership) -> None:
@@ -141,7 +148,7 @@ class Channel:
     def post(self, dest: int, tag: int, data: Any, memory: object, *, ring: bool = True) -> None:
         """Send bytes, wake the receiver, and hold `memory` until the send is complete."""
         request = self.comm.Isend([data, MPI.BYTE], self.membership.route(dest), tag)
-        if ring and dest in self.near:
+        if ring:
             self.ring(dest)
         self.reap()
         if not request.Test():
@@ -234,14 +241,17 @@ class Channel:
         with suppress(MPI.Exception):
             if not self.comm.Is_revoked():
                 self.comm.Revoke()
-        for rank in self.near:
+        for rank in self.membership.present:
             self.ring(rank)
 
     def ring(self, rank: int) -> None:
-        """Wake a rank of this host."""
+        """Wake another rank, if it can be: one that joined later cannot from another host."""
         process = self.membership.places[rank]
         assert process is not None
-        self.doorbell.ring(process)
+        if rank in self.near:
+            self.doorbell.ring(process)
+        elif rank != self.rank and (door := self.doors[process]):
+            self.doorbell.ring_far(door)
 
     def follow_lives(self) -> None:
         """Map what tells of the end of the other processes of this host; before any of them may have ended well."""
@@ -389,13 +399,27 @@ class Channel:
         OPEN.remove(self)
 
 
-def meet(comm: MPI.Intracomm, lifeline: int) -> Crew:
-    """Find out who takes part, together with all ranks at a run's start; `lifeline` is this one's descriptor."""
+def meet(comm: MPI.Intracomm, lifeline: int) -> tuple[Crew, Doorbell]:
+    """Find out who takes part, together with all ranks at a run's start, and make this one's doorbell.
+
+    `lifeline` is this rank's descriptor.
+    """
     name = comm.bcast(new_job_name())
     mine = socket.gethostname(), os.getpid(), (lifeline, own_name())
     found: list[tuple[str, int, Life]] = comm.allgather(mine)
     hosts, pids, lives = zip(*found, strict=True)
-    return Crew(name, hosts, pids, Membership.first(len(found)), lives)
+    doorbell = Doorbell(name, comm.Get_rank(), far_address(hosts, comm.Get_rank()))
+    doors: list[Door | None] = comm.allgather(doorbell.door)
+    return Crew(name, hosts, pids, Membership.first(len(found)), lives, tuple(doors)), doorbell
+
+
+def far_address(hosts: Sequence[str], rank: int) -> str | None:
+    """Give the address where other hosts ring this rank; None without any, or without a way to them by name."""
+    if len(set(hosts)) == 1:
+        return None
+    with suppress(UnavailableError):
+        return own_address(os.environ.get(INTERFACE), list(hosts), rank)
+    return None
 
 
 def join_crew(parent: MPI.Intercomm, crew: Crew, lifeline: Lifeline, deadline_s: float) -> Channel:

@@ -62,7 +62,13 @@ class Cluster:
         """Run a command in the job's directory; give its output."""
         words = [self.hosts.on, NODES[0], *map(str, command)]
         done = subprocess.run(
-            words, cwd=self.hosts.directory, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+            words,
+            cwd=self.hosts.directory,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert done.returncode == 0 or not check, done.stdout + done.stderr
         return done.stdout
@@ -114,7 +120,7 @@ def daemon(*command: object, environment: dict[str, str]):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Start munge, the controller and a node's daemon on each of two hosts, in directories and with a key of their own."""
+    """Start munge, the controller and each node's daemon, in directories and with a key of their own."""
     directory = tmp_path_factory.mktemp("slurm")
     for name in ("munge", "state", *NODES):
         (directory / name).mkdir()
