@@ -1,6 +1,7 @@
 """Build the mpirun command line and environment of a job: pure, so that `--dry-run` prints what would be executed."""
 
 import os
+import re
 import shlex
 import sys
 import sysconfig
@@ -23,6 +24,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 DISPLAY_VARIABLES = ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 FORWARDED = (RUN_DIR, JOB, *THREAD_VARIABLES, *DISPLAY_VARIABLES, "PYTHONPATH", "VIRTUAL_ENV", "PYTHONUNBUFFERED")
 FORWARDED_PREFIXES = ("DEJAVU_", "HF_", "XDG_", "NCCL_")
+
+HOST_SETTING = re.compile(r"(slots|max[-_]slots|port)=[1-9]\d*|user=\S+")  # of a line of a hostfile
 
 FLAGS = (
     *("--with-ft", "ulfm"),  # the death of a rank is an error that the others can handle
@@ -110,8 +113,14 @@ def check_hostfile(hostfile: str | None) -> None:
         lines = Path(hostfile).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read hostfile {hostfile!r} ({error}): name a text file of hosts") from None
-    if not any(line.split("#")[0].strip() for line in lines):
+    words = [line.split("#")[0].split() for line in lines]
+    if not any(words):
         raise UsageError(f"hostfile {hostfile!r} names no host: write lines such as `node1 slots=4`")
+    for number, settings in enumerate(words, 1):
+        if wrong := [word for word in settings[1:] if not HOST_SETTING.fullmatch(word)]:
+            raise UsageError(
+                f"hostfile {hostfile!r} has {wrong[0]!r} in line {number}: write lines such as `node1 slots=4`"
+            )
 
 
 def planned_hosts(hostfile: str | None, num_ranks: int, environment: Mapping[str, str]) -> list[str]:

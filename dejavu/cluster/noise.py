@@ -4,7 +4,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-RULE = re.compile(r"-{70,}\s*")
+from dejavu.cluster.complaints import NO_DAEMON, NO_PROGRAM, NO_STEP
+
+RULE = re.compile(r"-{60,}\s*")
 NOISE = re.compile(
     r"(LAUNCHER JOB OBJECT NOT FOUND)+|\[warn\] Epoll ADD\(4\) on fd \d+ failed"  # after MPI_Comm_spawn
     r"|NBC_Progress: an error \d+ was found|Error in NBC_Start_round"  # a barrier that a death ends, as the ranks know
@@ -19,7 +21,7 @@ BOILERPLATE = (
     "prterun noticed that process rank",
     "has exited due to process rank",
     "was killed without calling",
-    "srun returned non-zero exit status",  # it started mpirun's daemons
+    *(NO_DAEMON, NO_PROGRAM, NO_STEP),
     "is not tested for post-failure",  # of one-sided windows, which the program gives deadlines of its own
 )
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dejavu.cluster.accelerator import accelerator_index
 from dejavu.cluster.engine import Inheritance, Outcome, run_controller
@@ -18,6 +19,7 @@ from dejavu.cluster.keeping import open_vault
 from dejavu.cluster.launcher import RESUME, RUN_DIR
 from dejavu.cluster.muster import Lost
 from dejavu.cluster.process import refuse
+from dejavu.cluster.sameness import answer, check_hosts
 from dejavu.cluster.standby import Calling, say_farewell, stand_by
 from dejavu.cluster.status import status
 from dejavu.cluster.watchdog import Watchdog
@@ -89,7 +91,7 @@ def part(channel: Channel, code: int) -> None:
 
 def work(channel: Channel) -> int:
     """Take the setup from rank 0, or the news that there is none, and work until the run ends."""
-    _, start = channel.receive(CONTROLLER)
+    start: Any = answer(channel)
     if start is not None:
         setup, os.environ[RUN_DIR] = start
         channel.send(CONTROLLER, (host_name(), device_name(channel, setup)))
@@ -144,6 +146,7 @@ def serve(channel: Channel, config: ServeConfig) -> int:
     workers = range(1, channel.size)
     try:
         job = prepare(config, channel.size)
+        check_hosts(channel, job.setup.directory)
         check_host_memory(job.setup.topology, swapped_caches(job.setup), channel.near, available_bytes())
         directory = open_run_directory(config)
         inheritance = inherit(directory) if RESUME in os.environ else None

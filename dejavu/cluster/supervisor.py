@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from types import FrameType
 
+from dejavu.cluster.complaints import explain
 from dejavu.cluster.launcher import JOB, RESUME, Launch
 from dejavu.cluster.leftovers import child_ranks, job_processes, kill_job, remove_session_files
 from dejavu.cluster.noise import BoilerplateFilter, Lines
@@ -79,7 +80,7 @@ class Supervisor:
         self.directory = directory
         self.display = display
         self.grace_s = grace_s
-        self.filter = BoilerplateFilter()
+        self.filters = BoilerplateFilter(), BoilerplateFilter()  # of output, of errors
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.streams = selectors.DefaultSelector()
         self.process: subprocess.Popen[bytes] | None = None
@@ -118,8 +119,8 @@ class Supervisor:
         )
         assert self.process.stdout
         assert self.process.stderr
-        self.streams.register(self.process.stdout, selectors.EVENT_READ, Lines(self.show))
-        self.streams.register(self.process.stderr, selectors.EVENT_READ, Lines(self.show_filtered))
+        self.streams.register(self.process.stdout, selectors.EVENT_READ, Lines(partial(self.take, error=False)))
+        self.streams.register(self.process.stderr, selectors.EVENT_READ, Lines(partial(self.take, error=True)))
 
     def watch(self) -> None:
         """Pass output and progress on until mpirun has ended, and end it where it does not after its result."""
@@ -176,8 +177,9 @@ class Supervisor:
         """Show what has waited too long for the end of its line or block."""
         for key in self.streams.get_map().values():
             key.data.flush()
-        for line in self.filter.release():
-            self.show(line, error=True)
+        for error, held in enumerate(self.filters):
+            for line in held.release():
+                self.show(line, error=bool(error))
 
     def drain(self, timeout_s: float) -> None:
         """Pass on what the pipes still hold; a process that outlives mpirun may keep them open."""
@@ -191,10 +193,15 @@ class Supervisor:
         self.tail.append(line)
         self.display.write(line, error=error)
 
-    def show_filtered(self, line: str) -> None:
-        """Show one line of stderr, unless it is mpirun's notice of an end."""
-        for shown in self.filter.push(line):
-            self.show(shown, error=True)
+    def take(self, line: str, *, error: bool) -> None:
+        """Show one line, unless it is of one of mpirun's notices."""
+        for shown in self.filters[error].push(line):
+            self.show(shown, error=error)
+
+    @property
+    def withheld(self) -> list[str]:
+        """Give what was not shown."""
+        return [line for held in self.filters for line in held.withheld]
 
     def result(self) -> JobResult:
         """Find how the job ended: mpirun's exit code says little, so a job without a result has failed."""
@@ -202,9 +209,11 @@ class Supervisor:
         result = read_result(self.directory)
         if result:
             return result
-        for line in self.filter.withheld:
-            self.show(line, error=True)
         self.is_lost = True
+        if complaint := explain([*self.withheld, *self.tail]):
+            return JobResult("error", 1, complaint)
+        for line in self.withheld:
+            self.show(line, error=True)
         if self.incomplete_s:
             return JobResult("error", 1, "a rank died before all had started: look for its last words above")
         code = self.process.returncode
@@ -216,7 +225,7 @@ class Supervisor:
         """Tell whether mpirun itself could not start the ranks, which happens once in hundreds and passes."""
         if self.process is None or read_result(self.directory) or read_status(self.directory).state != "starting":
             return False
-        said = any("listener thread failed" in line for line in [*self.tail, *self.filter.withheld])
+        said = any("listener thread failed" in line for line in [*self.tail, *self.withheld])
         return said or self.process.returncode == LAUNCH_FAILED or self.incomplete_s > 0.0
 
     def stop(self, grace_s: float) -> None:
@@ -274,7 +283,7 @@ def run_job(launch: Launch, directory: RunDirectory, display: Display, *, restar
             supervisor = Supervisor(launch, directory, display)
             result = supervisor.run()
         again = replace(launch, environment={**launch.environment, RESUME: "1"})
-        while supervisor.is_lost and restarts:
+        while supervisor.is_lost and restarts and read_status(directory).state != "starting":
             restarts -= 1
             display.write(f"{result.error}: starting it again where it was", error=True)
             supervisor = Supervisor(again, directory, display)

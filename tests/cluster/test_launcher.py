@@ -145,6 +145,10 @@ def test_hostfile_has_to_name_a_host(tmp_path):
         check_hostfile(str(hosts))
     hosts.write_text("# one\nnode1 slots=4\n")
     check_hostfile(str(hosts))
+    for word in ("slots=x", "slots=0", "slots=-1", "slot=2", "4"):
+        hosts.write_text(f"# one\nnode1 {word} # two\n")
+        with pytest.raises(UsageError, match=rf"has '{word}' in line 2: write lines such as"):
+            check_hostfile(str(hosts))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -174,14 +174,12 @@ def write_workload(path, prompts, count):
 
 
 def left_on(cluster):
-    """Name what runs on the nodes besides Slurm."""
-    commands = [
-        Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
-        for node in NODES
-        for process in cluster.hosts.processes(node)
-        if Path(f"/proc/{process}").exists()
-    ]
-    return [command for command in commands if command and not command.startswith((" :", "slurm"))]
+    """Name what runs on the nodes besides Slurm's daemons."""
+    found = []
+    for process in (process for node in NODES for process in cluster.hosts.processes(node)):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found.append(Path(f"/proc/{process}/cmdline").read_text().replace("\0", " "))
+    return [command for command in found if command and not command.removeprefix(": ").startswith("slurm")]
 
 
 STAGES = ("--prompt-pp", 1, "--token-pp", 2, "--transport", "tcp", "--spares", 1, "--replicate", "ring", "--threads", 1)
