@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,24 @@ from rich.table import Table
 from dejavu.cluster.jobs import start_job
 from dejavu.cluster.launcher import RUN_DIR, world_rank
 from dejavu.measure.environment import describe_run
+from dejavu.measure.files import replacing
 from dejavu.measure.records import write_table
 from dejavu.measure.render import format_value
 from dejavu.measure.run_directory import RunDirectory
 
 Row = dict[str, Any]
+PARTIAL = "partial.json"  # the rows so far
 WIDEST = 400  # characters of a table, whose lines are never folded
 
 
 def run_ranks(context: click.Context, num_ranks: int, name: str, out: str | None, rank_main: Callable[[], int]) -> int:
-    """Be a rank of the benchmark inside mpirun; outside, start `num_ranks` of them with the same arguments."""
+    """Be a rank of the benchmark inside mpirun; outside, start `num_ranks` of them with the same arguments.
+
+    One that is stopped, or fails, shows the rows that it had by then.
+    """
     if world_rank(os.environ) is None:
-        return start_job(num_ranks, context.obj, name=f"bench-{name}", out=out, progress=False)
+        shown = partial(show_partial, name=name)
+        return start_job(num_ranks, context.obj, name=f"bench-{name}", out=out, progress=False, failed=shown)
     from dejavu.cluster.process import guarded, importing
 
     def run() -> int:
@@ -42,6 +49,36 @@ def open_run_directory(name: str, out: str | None) -> RunDirectory:
     if path := os.environ.get(RUN_DIR):
         return RunDirectory(Path(path))
     return RunDirectory.create(f"bench-{name}", out)
+
+
+def keep_rows(name: str, rows: Sequence[Row]) -> None:
+    """Bring the rows so far to the run directory, for a benchmark that is stopped early; rank 0, between two cases."""
+    if not (path := os.environ.get(RUN_DIR)):
+        return
+    directory = RunDirectory(Path(path))
+    if not directory.run_file.exists():
+        directory.write_run(describe_run({}, []))
+    write_rows(directory, name, rows)
+    with replacing(directory.path / PARTIAL) as file:
+        json.dump(list(rows), file)
+
+
+def show_partial(directory: RunDirectory, error: str, *, name: str) -> None:
+    """Print the rows of a benchmark that has not come to its end, if it had any, and say that they are not all."""
+    path = directory.path / PARTIAL
+    if not path.exists():
+        return
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    print_table(f"{name} (partial)", rows)
+    print(f"These are the {len(rows)} cases that were done when the benchmark ended early: {error}")
+    print(json.dumps({"bench": name, "run": str(directory.path), "rows": rows, "partial": True}), flush=True)
+
+
+def write_rows(directory: RunDirectory, name: str, rows: Sequence[Row]) -> None:
+    """Write NAME.csv."""
+    columns = list(rows[0]) if rows else []
+    write_table(directory.path / f"{name}.csv", columns, [[row[column] for column in columns] for row in rows])
 
 
 def finish(
@@ -63,8 +100,8 @@ def finish(
     `error` says what was measured to be wrong.
     """
     directory.write_run(describe_run(options, list(ranks), **facts))
-    columns = list(rows[0]) if rows else []
-    write_table(directory.path / f"{name}.csv", columns, [[row[column] for column in columns] for row in rows])
+    write_rows(directory, name, rows)
+    (directory.path / PARTIAL).unlink(missing_ok=True)
     print_table(name, rows if table is None else table)
     for note in notes:
         Console().print(note, highlight=False, markup=False)

@@ -22,7 +22,7 @@ from dejavu.errors import UsageError
 from dejavu.request import Request, SamplingParams
 from dejavu.topology import CONTROLLER, required_ranks
 
-from .driver import Row, finish, open_run_directory, run_ranks
+from .driver import Row, finish, keep_rows, open_run_directory, run_ranks
 from .peer import Generate, Tokens, load_peer
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def run_rank(configs: list[ServeConfig], options: dict[str, Any], out: str | Non
             peer = load_peer(job.setup, options["peer"])
             drive = Timing(job.requests, options, job.setup.dtype, job.setup.device, peer)
             rows += with_host_time(*run_controller(channel, job.setup, drive, announce=print))
+            keep_rows("generate", rows)
         else:
             channel.receive(CONTROLLER)
             run_worker(channel, job.setup)

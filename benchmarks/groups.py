@@ -19,7 +19,7 @@ import rich_click as click
 from dejavu.errors import UsageError
 from dejavu.measure.render import format_value
 
-from .driver import Row, finish, open_run_directory, run_ranks
+from .driver import Row, finish, keep_rows, open_run_directory, run_ranks
 from .generate import numbers
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def measure_sums(world: "RankWorld", sizes: list[int], options: Row) -> tuple[li
                 if nbytes <= way.most_bytes:
                     rows.append(measure_sum(world, way, nbytes, copy_us, options["repeats"]))
                     tell(world, rows[-1], options)
+                    if world.rank == 0:
+                        keep_rows("groups", rows)
     return rows, notes
 
 

@@ -18,7 +18,7 @@ import rich_click as click
 
 from dejavu.errors import CapacityError, UsageError
 
-from .driver import Row, finish, open_run_directory, print_table, run_ranks
+from .driver import Row, finish, keep_rows, open_run_directory, print_table, run_ranks
 from .shapes import (
     LINKS,
     SIGNAL_BYTES,
@@ -240,6 +240,8 @@ class Bench:
         elif load is not None:
             timings, wrong = measure_load(self.world, load, self.ceiling(case, load), self.settings.repeats)
             self.report.rows.append(make_row(case, load, timings, self.names, wrong))
+            if self.world.rank == 0:
+                keep_rows("microbench", self.report.rows)
         if load is not None:
             self.world.share()  # no rank frees what another one still works with
             load.close()

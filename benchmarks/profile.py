@@ -20,7 +20,7 @@ from dejavu.errors import UsageError
 from dejavu.measure.render import format_value
 from dejavu.planning.profile import Profile, PromptTime, TokenTime
 
-from .driver import Row, finish, open_run_directory, run_ranks
+from .driver import Row, finish, keep_rows, open_run_directory, run_ranks
 from .generate import numbers
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def measure(world: Any, degrees: Sequence[int], options: Row) -> tuple[list[Row]
         with ExitStack() as stack, own_stream(world.device):
             rows += measure_degree(open_group(world.device, comm, stack), resolved, options)
         if world.rank == 0:
+            keep_rows("profile", rows)
             wake(world, range(tp, world.comm.size))
     return rows, resolved.spec.num_layers
 

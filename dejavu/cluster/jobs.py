@@ -3,7 +3,7 @@
 import os
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import click
@@ -65,10 +65,12 @@ def start_job(
     restarts: int = 0,
     resume: RunDirectory | None = None,
     job: str = "",
+    failed: Callable[[RunDirectory, str], None] = lambda directory, error: None,
 ) -> int:
     """Run `dejavu ARGUMENTS` on `num_ranks` ranks with a new run directory; give its exit code, after its error.
 
-    A run that is lost is started again up to `restarts` times; `resume` goes on with one that was lost before.
+    A run that is lost is started again up to `restarts` times; `resume` goes on with one that was lost before. Of one
+    that has ended with an error, or was stopped, `failed` is told when nothing of it runs any more.
     """
     console = Console()
     plan_launch(num_ranks, arguments, console, hostfile=hostfile)  # what is missing is said before a directory is made
@@ -82,6 +84,7 @@ def start_job(
         result = run_job(launch, directory, open_display(console, progress=progress), restarts=restarts)
     if result.error:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {result.error}", err=True)
+        failed(directory, result.error)
     return result.exit_code
 
 

@@ -59,10 +59,10 @@ def hold(site: Site, links: Links, stack: ExitStack) -> Holdings:
     return Holdings(stage, pool, memory, CpuMeter(), has_kv, memory.nbytes if has_kv else 0)
 
 
-def run_worker(channel: Channel, setup: EngineSetup) -> None:
-    """Take this rank's place in its pipeline until the run ends."""
+def run_worker(channel: Channel, setup: EngineSetup, recorder: Recorder | None = None) -> None:
+    """Take this rank's place in its pipeline until the run ends; its records go into its report, or a `recorder`."""
     with ExitStack() as stack:
-        Participant(channel, setup, stack).take_part()
+        Participant(channel, setup, stack, recorder).take_part()
 
 
 class Participant:

@@ -4,7 +4,7 @@ import faulthandler
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -29,17 +29,19 @@ from dejavu.device.host_memory import available_bytes
 from dejavu.engine.controller import Controller
 from dejavu.engine.journal import JOURNAL, Journal, Past, read_journal
 from dejavu.engine.losses import LOSSES, take_losses
+from dejavu.engine.segments import files_of
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sizing import CacheSize, check_host_memory, describe_capacity
 from dejavu.errors import PeerLostError, RunLostError, UsageError
+from dejavu.measure.ended import ended_file, ended_names, read_ended
 from dejavu.measure.environment import cpu_model, describe_run, host_name, rank_table
-from dejavu.measure.parts import keep_chunk, read_steps, read_transfers, remove_parts
+from dejavu.measure.parts import keep_chunk, parts_of, read_steps, read_transfers, remove_parts
 from dejavu.measure.records import CeilingRecord, RankRecord, write_csv
 from dejavu.measure.run_directory import RunDirectory
 from dejavu.measure.summary import Limits, Summary
 from dejavu.measure.trace import Tracks
 from dejavu.model.tokenizer import load_tokenizer
-from dejavu.request import Completion
+from dejavu.request import Request
 from dejavu.topology import CONTROLLER, Role, Topology
 from dejavu.transport.mpi import Channel
 
@@ -113,7 +115,7 @@ def be_spare(channel: Channel, setup: EngineSetup, lost: Lost) -> None:
 def take_over(channel: Channel, setup: EngineSetup, calling: Calling) -> int:
     """Be the controller in place of one that died, from its journal on."""
     directory = RunDirectory(Path(os.environ[RUN_DIR]))
-    past = read_journal(directory.path / JOURNAL)
+    past = read_past(directory)
     if not past.is_complete:
         raise PeerLostError("the controller died before it had taken the workload: start the run again")
     tokenizer = load_tokenizer(setup.directory) if setup.directory else None
@@ -173,35 +175,49 @@ def name_run(directory: RunDirectory, new: str) -> str:
 
 def inherit(directory: RunDirectory) -> Inheritance | None:
     """Take up the run that was lost in this directory; None where it had not taken its workload yet."""
-    past = read_journal(directory.path / JOURNAL)
+    past = read_past(directory)
     take_losses(directory.path, past)
     (directory.path / LOSSES).unlink(missing_ok=True)
     if past.is_complete:
         return Inheritance(past)
-    (directory.path / JOURNAL).unlink(missing_ok=True)
+    for file in files_of(directory.path / JOURNAL):
+        file.unlink()
     return None
+
+
+def read_past(directory: RunDirectory) -> Past:
+    """Read what a run has taken and not ended."""
+    return read_journal(directory.path / JOURNAL, ended_names(directory.path))
+
+
+def open_journal(directory: RunDirectory, past: Past | None) -> Journal:
+    """Open the journal of a run, to go on behind its past; what stays of requests goes into the run's parts."""
+    parts_of(directory.path)
+    journal = Journal(directory.path / JOURNAL, past, ended_file(directory.path))
+    if past:
+        journal.adopt(past)
+    return journal
 
 
 def lead(channel: Channel, job: Job, directory: RunDirectory, inheritance: Inheritance | None = None) -> None:
     """Serve the workload as the controller, write the results, and let all other ranks go."""
     make_stream = job.tokenizer.stream if job.tokenizer else None
-    if inheritance:
-        requests = tuple(progress.completion.request for progress in inheritance.past.requests.values())
-        job = replace(job, requests=requests)
     past = inheritance.past if inheritance else None
-    journal = Journal(directory.path / JOURNAL, past.num_bytes if past else 0)
+    journal = open_journal(directory, past)
 
-    def drive(controller: Controller) -> list[Completion]:
+    def drive(controller: Controller) -> None:
         controller.keep_chunk = lambda chunk: keep_chunk(directory.path, chunk.name, chunk.offset, chunk.data)
-        return serve_all(controller, job, directory, past)
+        requests = () if past else job.requests
+        if past:  # what it held is the controller's
+            past.requests.clear()
+            past.serials.clear()
+        serve_all(controller, requests, job.setup, directory)
 
     with watching(channel, job.setup.config):
-        completions, outcome = run_controller(channel, job.setup, drive, make_stream, announce, journal, inheritance)
+        _, outcome = run_controller(channel, job.setup, drive, make_stream, announce, journal, inheritance)
     journal.close()
-    summary = write_results(directory, job, completions, outcome)
-    show(
-        completions if job.setup.config.workload else [], summary, directory
-    )  # what follows random prompts says nothing
+    summary = write_results(directory, job, outcome)
+    show(directory, summary, with_texts=job.setup.config.workload is not None)  # after random prompts they say nothing
     directory.write_result("ok", 0)
     say_farewell(channel)
 
@@ -259,12 +275,14 @@ def write_description(directory: RunDirectory, job: Job, places: list[tuple[str,
     directory.write_run(describe_run(setup.config.model_dump(mode="json"), ranks, **facts))
 
 
-def serve_all(controller: Controller, job: Job, directory: RunDirectory, past: Past | None) -> list[Completion]:
-    """Serve the workload, writing the status a few times a second; give the completions in the workload's order."""
-    completions = {name: progress.completion for name, progress in past.requests.items()} if past else {}
-    topology = job.setup.topology
+def serve_all(controller: Controller, requests: Sequence[Request], setup: EngineSetup, directory: RunDirectory) -> None:
+    """Serve these requests and those that the controller has, writing the status a few times a second.
+
+    What stays of a request that has ended is in the run's parts: nothing of it is held.
+    """
+    topology = setup.topology
     show_status = every(STATUS_EVERY_S, lambda: directory.write_status(status(controller, topology, "serving")))
-    inject = make_injection(controller, job.setup, directory)
+    inject = make_injection(controller, setup, directory)
 
     refill = every(REFILL_EVERY_S, controller.company.refill) if controller.company else lambda: None
 
@@ -273,14 +291,12 @@ def serve_all(controller: Controller, job: Job, directory: RunDirectory, past: P
         refill()
         show_status()
 
-    if past is None:
-        for request in job.requests:
-            controller.submit(request)
-        controller.journal.note("complete")
-    for _, completion in controller.events(tick):
-        completions[completion.request.request_id] = completion
+    for request in requests:
+        controller.submit(request)
+    controller.journal.note("complete")
+    for _ in controller.events(tick):
+        pass
     directory.write_status(status(controller, topology, "serving"))
-    return [completions[request.request_id] for request in job.requests]
 
 
 def make_injection(controller: Controller, setup: EngineSetup, directory: RunDirectory) -> Callable[[], None]:
@@ -325,11 +341,11 @@ def every(seconds: float, action: Callable[[], None]) -> Callable[[], None]:
     return tick
 
 
-def write_results(directory: RunDirectory, job: Job, completions: list[Completion], outcome: Outcome) -> Summary:
+def write_results(directory: RunDirectory, job: Job, outcome: Outcome) -> Summary:
     """Write the CSV files, the trace and the outputs."""
     setup = job.setup
     summary = directory.write_records(
-        completions,
+        read_ended(directory.path),
         read_steps(directory.path),
         read_transfers(directory.path),
         tracks=Tracks.of(setup.topology),
@@ -363,14 +379,15 @@ def host_us(outcome: Outcome, rank: int) -> float:
     return report.host_us_per_step if report else float("nan")
 
 
-def show(completions: list[Completion], summary: Summary, directory: RunDirectory) -> None:
-    """Print the first of these texts, the summary, and where the results are."""
+def show(directory: RunDirectory, summary: Summary, *, with_texts: bool) -> None:
+    """Print the first texts, the summary, and where the results are."""
     from rich.console import Console
 
-    from dejavu.measure.render import render_outputs, render_summary
+    from dejavu.measure.render import MOST_OUTPUTS, render_outputs, render_summary
 
     console = Console()
-    if any(completion.text for completion in completions):
-        console.print(render_outputs(completions))
+    outputs = directory.read_outputs(MOST_OUTPUTS) if with_texts else []
+    if any(output["text"] for output in outputs):
+        console.print(render_outputs(outputs, summary.requests + summary.cancelled_requests))
     console.print(render_summary(summary))
     console.print(f"Results in {directory.path}", soft_wrap=True, highlight=False)

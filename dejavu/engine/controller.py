@@ -286,10 +286,11 @@ class Controller:
     def adopt(self, past: Past) -> None:
         """Take over what the journal says: requests in their rows, and those that wait or have not come yet."""
         self.clock = past.clock()
-        self.counts.submitted = len(past.requests)
-        self.counts.done = len(past.requests) - len(past.unfinished)
-        self.counts.tokens = sum(len(progress.completion.token_ids) for progress in past.requests.values())
-        self.next_serial = max(past.serials, default=-1) + 1
+        self.counts.submitted = len(past.requests) + past.num_ended
+        self.counts.done = self.counts.submitted - len(past.unfinished)
+        tokens = [len(progress.completion.token_ids) for progress in past.requests.values()]
+        self.counts.tokens = sum(tokens) + past.ended_tokens
+        self.next_serial = past.next_serial
         for lane, steps in zip(self.seating.lanes, past.steps, strict=False):
             lane.steps = steps
         for progress in past.unfinished:
@@ -372,7 +373,7 @@ class Controller:
         if running.watch:
             rest = running.watch.finish()
             completion.text = running.watch.text
-        self.journal.note("end", completion.request.request_id, reason, time_s, completion.text)
+        self.journal.note_end(completion)
         del self.running[running.serial]
         self.say(self.failures.token(running.serial, time_s))
         self.seating.end(running.serial, is_foreseen=is_foreseen)
@@ -405,7 +406,7 @@ class Controller:
         heapq.heapify(self.future)
         for completion in dropped:
             completion.finish_reason, completion.finish_s = FinishReason.CANCELLED, now_s
-            self.journal.note("end", completion.request.request_id, FinishReason.CANCELLED, now_s, None)
+            self.journal.note_end(completion)
         self.counts.done += len(dropped)
         return dropped
 

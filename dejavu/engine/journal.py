@@ -1,28 +1,31 @@
-"""What the controller has taken and given out, line by line in a file: who takes its place goes on from there.
+"""What the controller has taken and given out, line by line in files: who takes its place goes on from there.
 
 A line is a JSON list: its kind, its values, and a checksum of both. Lines are written before anybody is given what they
-say. What a loss of power leaves at the end of the file is no line, and is cut off before further ones are written.
+say. What a loss of power leaves at the end of the file is no line, and is cut off before further ones are written. A
+file that has grown large is closed, and removed when all requests that it speaks of have ended: these are elsewhere.
+
+    journal-000001.jsonl | journal-000003.jsonl | journal.jsonl, which begins with all that is said of the run itself
 """
 
-import json
-import os
 import threading
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dejavu.engine.messages import Admission, SampledToken
-from dejavu.errors import DejavuError, UsageError
+from dejavu.engine.segments import Segments, files_of
+from dejavu.errors import DejavuError
 from dejavu.measure.clock import RunClock
+from dejavu.measure.ended import EndedNames, ended_line
 from dejavu.measure.failures import FailureRecord
-from dejavu.measure.run_directory import lock
+from dejavu.measure.lines import make_line, read_lines
 from dejavu.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 
 JOURNAL = "journal.jsonl"  # in the run directory
 SYNC_EVERY_S = 0.5
-LOCK_S = 10.0  # that a process may take to end which had the journal before
+SEGMENT_BYTES = 64 * 2**20
+STANDING = frozenset({"start", "complete", "steps", "failures"})  # the last line of each kind holds
 
 
 class NoJournal:
@@ -37,6 +40,9 @@ class NoJournal:
     def note_token(self, token: SampledToken, time_s: float, start_s: float) -> None:
         """Write nothing."""
 
+    def note_end(self, completion: Completion) -> None:
+        """Write nothing."""
+
     def note(self, kind: str, *values: Any) -> None:
         """Write nothing."""
 
@@ -47,15 +53,22 @@ class NoJournal:
 class Journal(NoJournal):
     """Write lines: with one system call for all that happened together, and to the disk itself twice a second."""
 
-    def __init__(self, path: Path, num_bytes: int = 0) -> None:
-        """Go on behind the first `num_bytes`, which are lines; UsageError where another process writes here."""
+    def __init__(
+        self,
+        path: Path,
+        past: "Past | None" = None,
+        ended: Path | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        """Go on behind the `past`; UsageError where another process writes here.
+
+        What stays of requests that end has a line each in the file `ended`; without one no file is ever removed.
+        """
         self.path = path
-        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        lock(self.file, path.parent, LOCK_S)
-        os.ftruncate(self.file, num_bytes)
-        sync_name(path)
+        self.segments = Segments(path, past, ended, segment_bytes)
         self.error: OSError | None = None  # of the thread
         self.lines: list[str] = []
+        self.ended_lines: list[str] = []
         self.lock = threading.Lock()  # requests may be taken from any thread
         self.dirty, self.ended = threading.Event(), threading.Event()
         self.syncer = threading.Thread(target=self.sync, name="journal", daemon=True)
@@ -63,43 +76,66 @@ class Journal(NoJournal):
 
     def note_request(self, request: Request) -> None:
         """Add a request that was taken."""
-        self.note("request", asdict(request))
+        with self.lock:
+            number = self.segments.book.take(request.request_id)
+            self.lines.append(make_line(["request", asdict(request), number]))
 
     def note_seats(self, lane: int, admissions: Iterable[Admission]) -> None:
         """Add the rows that requests take in a pipeline that generates tokens."""
         for admission in admissions:
+            self.segments.book.touch(admission.serial)
             self.note("seat", *seat_values(lane, admission))
 
     def note_token(self, token: SampledToken, time_s: float, start_s: float) -> None:
         """Add a token."""
         logprobs = token.logprobs and [token.logprobs.chosen, token.logprobs.top]
+        self.segments.book.touch(token.serial)
         self.note("token", token.serial, token.token_id, time_s, start_s, logprobs)
+
+    def adopt(self, past: "Past") -> None:
+        """Keep what stays of requests whose end only the journal tells."""
+        for progress in past.requests.values():
+            if progress.has_ended:
+                self.ended_lines.append(ended_line(progress.number, progress.completion))
+
+    def note_end(self, completion: Completion) -> None:
+        """Add the end of a request, and what stays of it."""
+        request_id, reason = completion.request.request_id, completion.finish_reason
+        number = self.segments.book.end(request_id)
+        if self.segments.ended is not None:
+            self.ended_lines.append(ended_line(number, completion))
+        self.note("end", request_id, reason, completion.finish_s, completion.text)
 
     def note(self, kind: str, *values: Any) -> None:
         """Add a line, to be written with the next `flush`."""
         line = make_line([kind, *values])
+        if kind in STANDING:
+            self.segments.standing[kind] = line
+        elif kind == "admitted":
+            self.segments.book.admit(values[0], values[1])
         with self.lock:
             self.lines.append(line)
 
     def flush(self) -> None:
         """Write what was added; DejavuError where the disk refuses."""
-        with self.lock:
-            lines, self.lines = self.lines, []
         try:
             if self.error:
                 raise self.error
-            if lines:
-                self.write("".join(lines).encode())
+            self.write()
         except OSError as error:
             place = f"{self.path} cannot be written ({error.strerror})"
             raise DejavuError(
                 f"{place}: mend that, then go on with `dejavu serve --resume {self.path.parent}`"
             ) from error
 
-    def write(self, data: bytes) -> None:
-        """Write bytes, with one call where the disk takes them all."""
-        while data:
-            data = data[os.write(self.file, data) :]
+    def write(self) -> None:
+        """Write, with one call where the disk takes all lines."""
+        with self.lock:
+            lines, self.lines = self.lines, []
+            ended, self.ended_lines = self.ended_lines, []
+            if not lines:
+                return
+            self.segments.write("".join(lines), "".join(ended))
         self.dirty.set()
 
     def sync(self) -> None:
@@ -108,7 +144,7 @@ class Journal(NoJournal):
             if self.dirty.is_set():
                 self.dirty.clear()
                 try:
-                    os.fdatasync(self.file)
+                    self.segments.sync()
                 except OSError as error:
                     self.error = error
                     return
@@ -118,17 +154,7 @@ class Journal(NoJournal):
         self.flush()
         self.ended.set()
         self.syncer.join()
-        os.fdatasync(self.file)
-        os.close(self.file)
-
-
-def sync_name(path: Path) -> None:
-    """Have the disk know a file's name."""
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        self.segments.close()
 
 
 @dataclass(slots=True)
@@ -139,68 +165,58 @@ class Progress:
     serial: int = -1
     seat: tuple[int, Admission] | None = None  # while it has a row where tokens are generated
     times_s: list[float] = field(default_factory=list)  # of its tokens
+    number: int = 0  # in the order in which requests were taken
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the request has ended."""
+        return self.completion.finish_reason is not None
 
 
 @dataclass(slots=True)
 class Past:
-    """Hold what a journal says: all requests in the order in which they were taken, by their id."""
+    """Hold what a journal says: requests in the order in which they were taken, by their id.
+
+    Of those that are known to have `ended` elsewhere it has their number, and that of their tokens.
+    """
 
     origin_s: float = 0.0  # of the run's clock, on the host's
     origin: tuple[float, str] = (0.0, "")  # the same on the wall clock, and which start of a host the other is of
-    num_bytes: int = 0  # of all lines
+    latest_s: float = 0.0  # when anything was given out
+    num_bytes: int = 0  # of all lines of the last file
     requests: dict[str, Progress] = field(default_factory=dict)
     serials: dict[int, Progress] = field(default_factory=dict)
     steps: list[list[int]] = field(default_factory=list)  # by pipeline and microbatch: the next pass's number
     failures: list[FailureRecord] = field(default_factory=list)
     is_complete: bool = False  # every request of the workload was taken
+    next_serial: int = 0
+    ended: Collection[str] = ()  # while it is read
+    num_ended: int = 0
+    ended_tokens: int = 0
 
     @property
     def unfinished(self) -> list[Progress]:
         """Give the requests that have not ended, first come first."""
-        return [progress for progress in self.requests.values() if progress.completion.finish_reason is None]
+        return [progress for progress in self.requests.values() if not progress.has_ended]
 
     def clock(self) -> RunClock:
         """Give the run's clock as it is on this host now: no token came later than that."""
-        latest_s = max((progress.times_s[-1] for progress in self.requests.values() if progress.times_s), default=0.0)
-        return RunClock.resume(self.origin_s, *self.origin, latest_s)
+        return RunClock.resume(self.origin_s, *self.origin, self.latest_s)
 
 
-def read_journal(path: Path) -> Past:
-    """Read a journal to its end; what is no line there is passed over, UsageError where lines follow it."""
-    past = Past()
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        said = read_line(line)
-        if said is None:
-            if any(map(read_line, lines[number:])):
-                raise UsageError(
-                    f"line {number} of {path} is corrupted: restore it from a copy, or remove it and all behind it, "
-                    "which are then served again"
-                )
-            break
-        past.num_bytes += len(line)
-        READERS[said[0]](past, *said[1:])
+def read_journal(path: Path, ended: EndedNames | None = None) -> Past:
+    """Read a journal to its end; what is no line there is passed over, UsageError where lines follow it.
+
+    Requests that have `ended` are left out: the files that there are may say a part of them only.
+    """
+    ended = ended or EndedNames()
+    past = Past(latest_s=ended.latest_s, num_ended=len(ended.names), ended_tokens=ended.num_tokens, ended=ended.names)
+    for file in files_of(path):
+        for end, (kind, *values) in read_lines(file):
+            READERS[kind](past, *values)
+            past.num_bytes = end if file == path else 0
+    past.ended = ()
     return past
-
-
-def make_line(values: list[Any]) -> str:
-    """Write a line."""
-    text = json.dumps(values, ensure_ascii=False)[:-1]
-    return f'{text}, "{checksum(text.encode())}"]\n'
-
-
-def read_line(line: bytes) -> list[Any] | None:
-    """Give the values of a line; None where it is not one that was written."""
-    text, _, rest = line.rpartition(b", ")
-    if rest != f'"{checksum(text)}"]\n'.encode():
-        return None
-    values: list[Any] = json.loads(text + b"]")
-    return values
-
-
-def checksum(text: bytes) -> str:
-    """Give what a line ends with."""
-    return f"{zlib.crc32(text):08x}"
 
 
 def take_start(past: Past, origin_s: float, wall_s: float, boot: str) -> None:
@@ -208,11 +224,13 @@ def take_start(past: Past, origin_s: float, wall_s: float, boot: str) -> None:
     past.origin_s, past.origin = origin_s, (wall_s, boot)
 
 
-def take_request(past: Past, values: dict[str, Any]) -> None:
+def take_request(past: Past, values: dict[str, Any], number: int) -> None:
     """Take a request."""
+    if values["request_id"] in past.ended:
+        return
     sampling = {name: tuples(value) for name, value in values.pop("sampling").items()}
     request = Request(**{name: tuples(value) for name, value in values.items()}, sampling=SamplingParams(**sampling))
-    past.requests[request.request_id] = Progress(Completion(request))
+    past.requests[request.request_id] = Progress(Completion(request), number=number)
 
 
 def take_complete(past: Past) -> None:
@@ -222,7 +240,10 @@ def take_complete(past: Past) -> None:
 
 def take_admission(past: Past, serial: int, request_id: str, admitted_s: float) -> None:
     """Take the begin of a request."""
-    progress = past.requests[request_id]
+    past.next_serial = max(past.next_serial, serial + 1)
+    progress = past.requests.get(request_id)
+    if progress is None:
+        return
     progress.serial, progress.seat = serial, None
     progress.completion.admitted_s = admitted_s
     past.serials[serial] = progress
@@ -232,7 +253,9 @@ def take_seat(
     past: Past, serial: int, lane: int, place: list[int], blocks: list[int], num_outputs: int, num_cached: int
 ) -> None:
     """Take the row in which a request's tokens are generated, and what it begins with there."""
-    progress = past.serials[serial]
+    progress = past.serials.get(serial)
+    if progress is None:
+        return
     request, outputs = progress.completion.request, tuple(progress.completion.token_ids[:num_outputs])
     microbatch, row = place
     admission = Admission(serial, microbatch, row, tuple(blocks), request, outputs=outputs, num_cached=num_cached)
@@ -241,8 +264,12 @@ def take_seat(
 
 def take_token(past: Past, serial: int, token_id: int, time_s: float, start_s: float, logprobs: Any) -> None:
     """Take a token."""
-    completion = past.serials[serial].completion
-    past.serials[serial].times_s.append(time_s)
+    past.latest_s = max(past.latest_s, time_s)
+    progress = past.serials.get(serial)
+    if progress is None:
+        return
+    completion = progress.completion
+    progress.times_s.append(time_s)
     if not completion.token_ids:
         completion.first_token_s = time_s
     elif len(completion.token_ids) == 1:
@@ -254,7 +281,9 @@ def take_token(past: Past, serial: int, token_id: int, time_s: float, start_s: f
 
 def take_end(past: Past, request_id: str, reason: str, time_s: float, text: str | None) -> None:
     """Take the end of a request."""
-    progress = past.requests[request_id]
+    progress = past.requests.get(request_id)
+    if progress is None:
+        return
     progress.seat = None
     completion = progress.completion
     completion.finish_reason, completion.finish_s, completion.text = FinishReason(reason), time_s, text
@@ -270,6 +299,11 @@ def take_failures(past: Past, rows: list[dict[str, Any]]) -> None:
     past.failures = [FailureRecord(**values) for values in rows]
 
 
+def take_next(past: Past, serial: int) -> None:
+    """Take the first serial that no request has had; it begins a file."""
+    past.next_serial = max(past.next_serial, serial)
+
+
 READERS: dict[str, Callable[..., None]] = {
     "start": take_start,
     "request": take_request,
@@ -280,6 +314,7 @@ READERS: dict[str, Callable[..., None]] = {
     "end": take_end,
     "steps": take_steps,
     "failures": take_failures,
+    "next": take_next,
 }
 
 

@@ -128,6 +128,11 @@ def parts_of(directory: Path) -> Path:
     return path
 
 
+def parts_are_left(directory: Path) -> bool:
+    """Tell whether a run goes on still, or was cut off: its records are in no tables then."""
+    return (directory / PARTS).is_dir()
+
+
 def read_steps(directory: Path) -> Iterator[StepRecord]:
     """Read the passes of all processes of a run, in the order in which they began."""
     return merge(directory, "steps", STEPS)

@@ -169,6 +169,11 @@ def read_csv(path: Path, row_type: type[Row]) -> list[Row]:
 
     Raises UsageError naming the file, and the line, that is missing, incomplete or malformed.
     """
+    return list(read_rows(path, row_type))
+
+
+def read_rows(path: Path, row_type: type[Row]) -> Iterator[Row]:
+    """Read rows one by one, as `read_csv` does."""
     hints = get_type_hints(row_type)
     parsers = {field.name: parser(hints[field.name]) for field in fields(row_type)}
     try:
@@ -177,7 +182,8 @@ def read_csv(path: Path, row_type: type[Row]) -> list[Row]:
             header: list[str] = next(lines, [])
             optional = [field.name for field in fields(row_type) if field.default is not MISSING]
             wanted = {name: parse for name, parse in parsers.items() if name in header or name not in optional}
-            return [row_type(**values) for values in parse_rows(path, header, lines, wanted)]
+            for values in parse_rows(path, header, lines, wanted):
+                yield row_type(**values)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"cannot read {path}: {error}") from None
 

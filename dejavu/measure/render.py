@@ -1,10 +1,9 @@
 """Draw a run's summary for people: few digits, units, 80 columns."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dejavu.measure.summary import HANDOVERS, LATENCIES, Percentiles, Summary
-from dejavu.request import Completion
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,21 +38,24 @@ def render_summary(summary: Summary) -> "RenderableType":
     return Group(latencies, facts)
 
 
-def render_outputs(completions: Sequence[Completion]) -> "RenderableType":
-    """Draw the first texts, each cut to a few lines; the run directory has them all, and whole."""
+def render_outputs(outputs: Sequence[Mapping[str, Any]], num_requests: int) -> "RenderableType":
+    """Draw the first texts, each cut to a few lines; the run directory has them all, and whole.
+
+    `outputs` are the first lines of outputs.jsonl, which has `num_requests`.
+    """
     from rich.table import Table
     from rich.text import Text
 
-    shown = [completion for completion in completions if completion.text is not None][:MOST_OUTPUTS]
+    shown = [output for output in outputs if output["text"] is not None][:MOST_OUTPUTS]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("request", style="bold", max_width=24, no_wrap=True)
     table.add_column("end", style="dim", no_wrap=True)
     table.add_column("output")
-    for completion in shown:
-        reason = completion.finish_reason.value if completion.finish_reason else "-"
-        table.add_row(Text(one_line(completion.request.request_id, 24)), reason, Text(one_line(completion.text or "")))
-    if 0 < len(shown) < len(completions):
-        table.add_row(Text("...", style="dim"), "", Text(f"and {len(completions) - len(shown)} more", style="dim"))
+    for output in shown:
+        name, text = one_line(output["request_id"], 24), one_line(output["text"])
+        table.add_row(Text(name), output["finish_reason"] or "-", Text(text))
+    if 0 < len(shown) < num_requests:
+        table.add_row(Text("...", style="dim"), "", Text(f"and {num_requests - len(shown)} more", style="dim"))
     return table
 
 

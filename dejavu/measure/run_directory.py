@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import os
 import time
 from collections import deque
@@ -10,18 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from dejavu.errors import ConfigError, UsageError
+from dejavu.measure.ended import Ended, plain
 from dejavu.measure.failures import FailureRecord
 from dejavu.measure.files import replacing
 from dejavu.measure.records import RequestRecord, StepRecord, TransferRecord, write_csv, write_table
 from dejavu.measure.summary import Limits, Summary, Totals
 from dejavu.measure.trace import Tracks, write_trace
-from dejavu.request import Completion, TokenLogprobs
 
 RUNS = Path("results/runs")
 TRACE_SPANS = 100_000
@@ -116,16 +116,25 @@ class RunDirectory:
             return {}
         return yaml.safe_load(self.run_file.read_text(encoding="utf-8")) or {}
 
-    def write_outputs(self, completions: Iterable[Completion]) -> None:
-        """Write outputs.jsonl, one line a request in the given order, finished or not."""
+    def write_requests(self, requests: Iterable[Ended], *takers: Callable[[RequestRecord], object]) -> None:
+        """Write outputs.jsonl and requests.csv, a line a request in the given order; show each row to the takers."""
         with replacing(self.outputs_file) as file:
-            file.writelines(
-                json.dumps(output(done), ensure_ascii=False, allow_nan=False) + "\n" for done in completions
-            )
+
+            def records() -> Iterator[RequestRecord]:
+                for done in requests:
+                    file.write(json.dumps(done.output, ensure_ascii=False, allow_nan=False) + "\n")
+                    yield done.record
+
+            write_csv(self.path / "requests.csv", seen(records(), *takers), RequestRecord)
+
+    def read_outputs(self, most: int) -> list[dict[str, Any]]:
+        """Read the first lines of outputs.jsonl."""
+        with self.outputs_file.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in islice(file, most)]
 
     def write_records(
         self,
-        completions: Sequence[Completion],
+        ended: Iterable[Ended],
         steps: Iterable[StepRecord],
         transfers: Iterable[TransferRecord] = (),
         *,
@@ -138,16 +147,14 @@ class RunDirectory:
     ) -> Summary:
         """Write all of a run's tables (transfers and failures where there are any) and its trace; give the summary.
 
-        Steps and transfers come in the order in which they began, and are not held: the trace has of each, and of the
-        requests, the newest `trace_spans`.
+        Steps and transfers come in the order in which they began. Nothing is held but what the trace has: of requests,
+        steps and transfers the newest `trace_spans` each.
         """
         totals = Totals(limits or Limits(), num_stages)
         requests: deque[RequestRecord] = deque(maxlen=trace_spans)
         newest: deque[StepRecord] = deque(maxlen=trace_spans)
         moved: deque[TransferRecord] = deque(maxlen=trace_spans)
-        self.write_outputs(completions)
-        records = map(RequestRecord.from_completion, completions)
-        write_csv(self.path / "requests.csv", seen(records, totals.take_request, requests.append), RequestRecord)
+        self.write_requests(ended, totals.take_request, requests.append)
         write_csv(self.path / "steps.csv", seen(steps, totals.take_step, newest.append), StepRecord)
         write_csv(self.path / "transfers.csv", seen(transfers, moved.append), TransferRecord)
         if not moved:
@@ -240,31 +247,3 @@ def read_object(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no JSON object: name a directory that `dejavu serve` wrote")
     return value
-
-
-def output(completion: Completion) -> dict[str, Any]:
-    """Give a request's line of outputs.jsonl; log-probabilities only where they were asked for."""
-    line = {
-        "request_id": completion.request.request_id,
-        "prompt_tokens": len(completion.request.prompt_token_ids),
-        "token_ids": list(completion.token_ids),
-        "text": completion.text,
-        "finish_reason": None if completion.finish_reason is None else completion.finish_reason.value,
-    }
-    if completion.request.sampling.logprobs is not None:
-        line["logprobs"] = [logprobs_object(token) for token in completion.logprobs]
-    return line
-
-
-def logprobs_object(token: TokenLogprobs) -> dict[str, Any]:
-    """Give a token's log-probabilities for JSON, which has no minus infinity: null is a probability of zero."""
-    return {"logprob": plain(token.chosen), "top": [[token_id, plain(value)] for token_id, value in token.top]}
-
-
-def plain(value: Any) -> Any:
-    """Give a value for JSON: numbers that are not finite, at any depth, become null."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

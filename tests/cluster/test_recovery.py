@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 
 from dejavu.cluster.injection import FAULTS, Fault
-from dejavu.engine.journal import make_line, read_line
 from dejavu.kv.disk import HEAD, HEADER_BYTES, find_rows, tokens_begin, unpack_header
 from dejavu.kv.layout import PoolLayout
 from dejavu.measure.failures import FailureRecord
-from dejavu.measure.records import read_csv
+from dejavu.measure.lines import make_line, read_line
+from dejavu.measure.records import StepRecord, read_csv
+from dejavu.measure.report.page import run_page
+from dejavu.measure.report.runs import read_run
 from dejavu.transport.lifeline import process_state
 from tests.measure.trace_processor import loaded
 from tests.model_zoo import make_checkpoint
@@ -279,10 +281,16 @@ def test_lost_run_goes_on_by_hand(base, expected, tmp_path):
     assert done.returncode == 1, done.stderr
     journal = (tmp_path / "run" / "journal.jsonl").read_text()
     assert journal.count('["token"') > len(REQUESTS)
+    so_far = read_run(tmp_path / "run")
+    assert {step.rank for step in so_far.steps} >= {2}
+    assert "This run was cut off: all below is what it had recorded so far, " in run_page(so_far)
     again = start("serve", "--resume", tmp_path / "run")
     assert again.returncode == 0, again.stderr
     assert re.search(r"requests go on where they were: [1-9]\d* prompts computed again", again.stdout)
     assert (tmp_path / "run" / "journal.jsonl").read_text().startswith(journal)
+    steps = read_csv(tmp_path / "run" / "steps.csv", StepRecord)
+    assert steps[: len(so_far.steps)] == so_far.steps
+    assert not (tmp_path / "run" / "parts").exists()
     assert read_outputs(tmp_path / "run") == expected
     assert done.left == again.left == []
 

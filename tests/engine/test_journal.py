@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import time
 from contextlib import closing
 
@@ -12,9 +13,11 @@ import pytest
 
 from dejavu.engine.journal import Journal, read_journal
 from dejavu.engine.messages import Admission, SampledToken
+from dejavu.engine.segments import files_of
 from dejavu.errors import DejavuError, UsageError
 from dejavu.measure.clock import RunClock
-from dejavu.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from dejavu.measure.ended import ended_names, read_ended
+from dejavu.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 
 REQUESTS = [
     Request("a", (5, 6, 7), SamplingParams(max_tokens=9, stop=("x",), logit_bias=((3, 1.5),), logprobs=2), 0.5),
@@ -36,7 +39,7 @@ def write(path):
         logprobs = TokenLogprobs(-0.5, ((40 + index, -0.5), (2, -1.5)))
         journal.note_token(SampledToken(4, index, 40 + index, logprobs), time_s, time_s - 0.25)
     journal.note_token(SampledToken(5, 0, 50, None), 1.5, 1.0)
-    journal.note("end", "b", FinishReason.CANCELLED, 1.75, "text")
+    journal.note_end(Completion(REQUESTS[1], [50], text="text", finish_reason=FinishReason.CANCELLED, finish_s=1.75))
     journal.note("steps", [[1, 2], [3]])
     journal.note_seats(1, [Admission(4, 2, 3, (7, 8), REQUESTS[0], outputs=(40, 41), num_cached=3)])
     journal.close()
@@ -84,7 +87,7 @@ def test_what_power_left_at_the_end_is_cut_off_before_further_lines(tmp_path):
         (tmp_path / "torn").write_bytes(b"".join(lines[:-1]) + tail)
         past = read_journal(tmp_path / "torn")
         assert past.num_bytes == len(b"".join(lines[:-1]))
-        with closing(Journal(tmp_path / "torn", past.num_bytes)) as journal:
+        with closing(Journal(tmp_path / "torn", past)) as journal:
             journal.note("complete")
         assert (tmp_path / "torn").read_bytes() == b"".join(lines[:-1]) + lines[4]
 
@@ -100,7 +103,7 @@ def test_corrupted_line_amid_others_is_refused(tmp_path):
 
 
 def test_only_one_process_writes_a_journal(tmp_path, monkeypatch):
-    monkeypatch.setattr("dejavu.engine.journal.LOCK_S", 0.05)
+    monkeypatch.setattr("dejavu.engine.segments.LOCK_S", 0.05)
     with closing(Journal(tmp_path / "journal")), pytest.raises(UsageError, match="is still going on"):
         Journal(tmp_path / "journal")
     Journal(tmp_path / "journal").close()
@@ -110,7 +113,7 @@ def test_a_disk_that_is_full_ends_the_run_with_how_to_go_on(tmp_path, monkeypatc
     journal = Journal(tmp_path / "journal")
     journal.note("complete")
     with monkeypatch.context() as patch:
-        patch.setattr("dejavu.engine.journal.os.write", lambda *_: raise_full())
+        patch.setattr("dejavu.engine.segments.os.write", lambda *_: raise_full())
         with pytest.raises(DejavuError, match=r"No space left.*--resume"):
             journal.flush()
     journal.close()
@@ -129,3 +132,74 @@ def test_clock_goes_on_after_the_host_was_started_again(tmp_path):
     assert set_back.now_s() == pytest.approx(7, abs=5)
     clock = RunClock.start()
     assert RunClock.resume(*clock.describe(), 0.0) == clock
+
+
+def wait_for_syncer(journal):
+    """Wait until what was to be removed is."""
+    while journal.segments.done:
+        time.sleep(0.01)
+
+
+class Serving:
+    """Drive a journal as a controller does: requests, tokens, ends, in a random order."""
+
+    def __init__(self, directory, seed, told, past):
+        self.path, self.ended = directory / "journal.jsonl", directory / "parts" / "ended.jsonl"
+        self.ended.parent.mkdir(exist_ok=True)
+        self.draw, self.told = random.Random(seed), told
+        self.journal = Journal(self.path, past, self.ended, segment_bytes=2000)
+        self.running = {}
+        self.serial = past.next_serial if past else 0
+        for progress in past.unfinished if past else ():
+            self.begin(progress.completion)
+
+    def begin(self, completion):
+        self.journal.note("admitted", self.serial, completion.request.request_id, 0.5)
+        self.running[self.serial] = completion
+        self.serial += 1
+
+    def step(self, name):
+        """Take a request, or give one of those that run a token, its last one now and then."""
+        if len(self.running) < 4:
+            self.journal.note_request(Request(name, (1, 2, 3)))
+            self.begin(Completion(Request(name, (1, 2, 3)), admitted_s=0.5))
+        serial = self.draw.choice(list(self.running))
+        completion = self.running[serial]
+        token_id = self.draw.randrange(100)
+        self.journal.note_token(SampledToken(serial, len(completion.token_ids), token_id, None), 1.0, 0.5)
+        completion.token_ids.append(token_id)
+        self.journal.note("steps", [[self.serial]])
+        if self.draw.random() < 0.2:
+            completion.finish_reason, completion.finish_s = FinishReason.LENGTH, 1.0
+            self.journal.note_end(self.running.pop(serial))
+            self.told[completion.request.request_id] = tuple(completion.token_ids)
+        self.journal.flush()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_files_of_requests_that_have_ended_go_and_nothing_is_lost_or_told_twice(tmp_path, seed, monkeypatch):
+    """Against a controller that forgets nothing; it is cut off four times, once amid a line."""
+    monkeypatch.setattr("dejavu.engine.journal.SYNC_EVERY_S", 0.01)
+    past, told, most_files = None, {}, 0
+    for life in range(4):
+        serving = Serving(tmp_path, seed + life, told, past)
+        for number in range(250):
+            serving.step(f"{life}-{number}")
+            if number % 20 == 0:
+                wait_for_syncer(serving.journal)
+                most_files = max(most_files, len(files_of(serving.path)))
+        serving.journal.close()
+        with serving.path.open("a") as file:
+            file.write('["token", 3, ')
+        past = read_journal(serving.path, ended_names(tmp_path))
+        expected = {c.request.request_id: c.token_ids for c in serving.running.values()}
+        assert {p.completion.request.request_id: p.completion.token_ids for p in past.unfinished} == expected
+        assert (past.num_ended, past.ended_tokens) == (len(told), sum(map(len, told.values())))
+        assert (past.next_serial, past.steps) == (serving.serial, [[serving.serial]])
+    found = [(done.output["request_id"], tuple(done.output["token_ids"])) for done in read_ended(tmp_path)]
+    assert dict(found) == told
+    assert len(found) == len(told) > 100
+    order = [tuple(map(int, name.split("-"))) for name, _ in found]
+    assert order == sorted(order)
+    assert most_files < 15  # of more than fifty
+    assert int(max(file.stem for file in files_of(serving.path))[-6:]) > 50

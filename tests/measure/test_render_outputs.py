@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from dejavu.measure.ended import output
 from dejavu.measure.render import MOST_OUTPUTS, render_outputs
 from dejavu.request import Completion, FinishReason, Request
 
@@ -15,7 +16,9 @@ def completion(request_id, text, reason=FinishReason.STOP):
 
 def drawn(completions, width=80):
     file = io.StringIO()
-    Console(file=file, width=width, force_terminal=True, color_system=None).print(render_outputs(completions))
+    Console(file=file, width=width, force_terminal=True, color_system=None).print(
+        render_outputs([output(each) for each in completions], len(completions))
+    )
     return file.getvalue()
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from dejavu.config import ServeConfig
 from dejavu.errors import ConfigError, UsageError
+from dejavu.measure.ended import Ended
 from dejavu.measure.environment import cpu_model, describe_run, git_commit, host_name, rank_table
 from dejavu.measure.records import RequestRecord, StepRecord, read_csv
 from dejavu.measure.run_directory import RunDirectory
@@ -155,7 +156,7 @@ def test_outputs_are_one_json_line_a_request(tmp_path):
     asked = finished("b", "line\nbreak \u2028 é \ud800", logprobs=2)
     asked.logprobs = [TokenLogprobs(-0.5, ((8, -0.5), (3, float("-inf")))), TokenLogprobs(-1.0)]
     waiting = Completion(Request("c", (1,)))
-    RunDirectory(tmp_path).write_outputs([finished("a"), asked, waiting])
+    RunDirectory(tmp_path).write_requests(map(Ended.of, [finished("a"), asked, waiting]))
     lines = [json.loads(line) for line in (tmp_path / "outputs.jsonl").read_text("utf-8").strip("\n").split("\n")]
     assert lines[0] == {
         "request_id": "a",
@@ -180,7 +181,7 @@ def test_the_records_of_a_run_fill_its_directory(tmp_path):
     ]
     run = RunDirectory.create("demo", tmp_path / "run")
     names = {0: "controller", 1: "stage 0"}
-    summary = run.write_records([finished()], steps, tracks=Tracks(names), num_stages=1, peak_kv_bytes=77)
+    summary = run.write_records([Ended.of(finished())], steps, tracks=Tracks(names), num_stages=1, peak_kv_bytes=77)
     files = ["outputs.jsonl", "requests.csv", "status.json", "steps.csv", "summary.csv", "trace.json"]
     assert sorted(path.name for path in run.path.iterdir()) == files
     assert read_csv(run.path / "steps.csv", StepRecord) == steps

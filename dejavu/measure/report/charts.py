@@ -10,7 +10,7 @@ from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import StepRecord
 from dejavu.measure.render import format_bytes
 from dejavu.measure.report.figures import NUM_SERIES, Colors, Figure
-from dejavu.measure.report.runs import Run
+from dejavu.measure.report.runs import MOST_ROWS, Run
 from dejavu.measure.summary import percentiles
 
 MOST_BARS = 3000  # of a timeline as shapes; more become one picture inside it
@@ -120,9 +120,10 @@ def throughput(
     counted = [step for found in fullest for step in found]
     ends = np.array([step.end_s for step in counted] + list(first_tokens_s))
     rows = np.array([step.num_rows for step in counted] + [1] * len(first_tokens_s), dtype=np.float64)
+    start_s = steps[0].start_s if len(steps) >= MOST_ROWS else 0.0  # those before are not here
     stop_s = max(step.end_s for step in steps)
     bins = min(max(len(counted) // STEPS_A_BIN, FEWEST_BINS), MOST_BINS)
-    counts, edges = np.histogram(ends, bins=bins, range=(0.0, max(stop_s, 1e-9)), weights=rows)
+    counts, edges = np.histogram(ends, bins=bins, range=(start_s, max(stop_s, start_s + 1e-9)), weights=rows)
     return edges, counts / np.diff(edges)
 
 

@@ -48,6 +48,7 @@ TILES = ("requests", "throughput", "time to first token", "time per later token"
 def run_page(run: Run) -> str:
     """Give the page of one run."""
     parts = [heading(run), *(f"<p>{escape(line)}</p>" for line in run_sentences(run))]
+    parts += [f"<p>{escape(line)}</p>" for line in reservations(run)]
     tables = run_tables(run)
     parts += [tiles(table) for table in tables if table.title == "Summary"]
     if run.failures:
@@ -62,6 +63,21 @@ def run_page(run: Run) -> str:
 def run_sentences(run: Run) -> list[str]:
     """Say in words what was run; nothing where the run ended before it wrote that."""
     return sentences(run.config, run.description) if run.description else []
+
+
+def reservations(run: Run) -> list[str]:
+    """Say in words what a page does not show."""
+    said = []
+    if run.is_cut_off:
+        how = "was cut off" if run.result else "goes on still, or was killed"
+        until = f", the last until {run.steps[-1].end_s:.1f} s" if run.steps else ""
+        said.append(
+            f"This run {how}: all below is what it had recorded so far, {len(run.requests)} requests that had ended "
+            f"and {run.num_steps} passes{until}. The memory for KV and the ranks' processor time are known at the end."
+        )
+    if run.num_steps > len(run.steps):
+        said.append(f"Plots and transfers show the newest {len(run.steps)} of {run.num_steps} passes.")
+    return said
 
 
 def comparison_page(runs: Sequence[Run]) -> str:

@@ -2,24 +2,38 @@
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
 from dejavu.errors import UsageError
+from dejavu.measure.ended import read_ended
 from dejavu.measure.failures import FailureRecord
-from dejavu.measure.parts import read_steps, read_transfers
-from dejavu.measure.records import CeilingRecord, RankRecord, RequestRecord, StepRecord, TransferRecord, read_csv
-from dejavu.measure.run_directory import RunDirectory
+from dejavu.measure.lines import read_lines
+from dejavu.measure.parts import parts_are_left, read_steps, read_transfers
+from dejavu.measure.records import (
+    CeilingRecord,
+    RankRecord,
+    RequestRecord,
+    StepRecord,
+    TransferRecord,
+    read_csv,
+    read_rows,
+)
+from dejavu.measure.run_directory import RunDirectory, seen
+from dejavu.measure.summary import Limits, Totals
 
 Table = list[dict[str, str]]
 MARKS = ("run.yaml", "result.json")  # of a run that has begun to serve, and of one that has ended
 RECORDS = frozenset(
     {"requests.csv", "steps.csv", "transfers.csv", "failures.csv", "summary.csv", "ranks.csv", "ceilings.csv"}
 )
+Row = TypeVar("Row")
+MOST_ROWS = 500_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +51,13 @@ class Run:
     steps: list[StepRecord] = field(default_factory=list)
     transfers: list[TransferRecord] = field(default_factory=list)
     failures: list[FailureRecord] = field(default_factory=list)
+    num_steps: int = 0  # of which `steps` are the newest
     ranks: list[RankRecord] = field(default_factory=list)
     ceilings: list[CeilingRecord] = field(default_factory=list)
     status: Mapping[str, Any] = field(default_factory=dict)  # status.json: how far it was
     tables: Mapping[str, Table] = field(default_factory=dict)  # a benchmark's rows, by the file's stem
     pictures: tuple[Path, ...] = ()
+    is_cut_off: bool = False  # it goes on still, or was killed: all this is what it has recorded so far
 
     @property
     def name(self) -> str:
@@ -91,20 +107,20 @@ def read_run(path: Path) -> Run:
     if not directory.run_file.exists() and not result:
         raise UsageError(f"{path} holds no run.yaml: name the directory of a run that has started")
     others = sorted(file for file in path.glob("*.csv") if file.name not in RECORDS)
+    description = read_description(directory.run_file) if directory.run_file.exists() else {}
+    is_cut_off = parts_are_left(path) and not (path / "summary.csv").exists()
+    records = recorded_so_far(path, description) if is_cut_off else written_records(path)
     return Run(
         path,
-        read_description(directory.run_file) if directory.run_file.exists() else {},
+        description,
         result,
-        read_summary(path / "summary.csv"),
-        optional_records(path / "requests.csv", RequestRecord),
-        optional_records(path / "steps.csv", StepRecord) or list(read_steps(path)),
-        optional_records(path / "transfers.csv", TransferRecord) or list(read_transfers(path)),
-        optional_records(path / "failures.csv", FailureRecord),
-        optional_records(path / "ranks.csv", RankRecord),
-        optional_records(path / "ceilings.csv", CeilingRecord),
-        directory.read_status() or {},
-        {file.stem: read_table(file) for file in others},
-        tuple(sorted(path.glob("*.png"))),
+        *records,
+        ranks=optional_records(path / "ranks.csv", RankRecord),
+        ceilings=optional_records(path / "ceilings.csv", CeilingRecord),
+        status=directory.read_status() or {},
+        tables={file.stem: read_table(file) for file in others},
+        pictures=tuple(sorted(path.glob("*.png"))),
+        is_cut_off=is_cut_off,
     )
 
 
@@ -113,6 +129,64 @@ def read_head(path: Path) -> Run:
     directory = RunDirectory(path)
     described = read_description(directory.run_file) if directory.run_file.exists() else {}
     return Run(path, described, directory.read_result() or {}, read_summary(path / "summary.csv"))
+
+
+class Records(NamedTuple):
+    """Hold the records of a run: of passes and transfers the newest, for a run may have more than a page can show."""
+
+    summary: Mapping[str, float]
+    requests: list[RequestRecord]
+    steps: list[StepRecord]
+    transfers: list[TransferRecord]
+    failures: list[FailureRecord]
+    num_steps: int
+
+
+def written_records(path: Path) -> Records:
+    """Read the tables of a run that has ended well."""
+    steps, num_steps = newest(optional_rows(path / "steps.csv", StepRecord))
+    return Records(
+        read_summary(path / "summary.csv"),
+        optional_records(path / "requests.csv", RequestRecord),
+        steps,
+        newest(optional_rows(path / "transfers.csv", TransferRecord))[0],
+        optional_records(path / "failures.csv", FailureRecord),
+        num_steps,
+    )
+
+
+def recorded_so_far(path: Path, description: Mapping[str, Any]) -> Records:
+    """Read what a run that goes on, or was killed, has recorded: requests that have ended, and passes until then."""
+    config = description.get("config") or {}
+    limits = Limits.of_ms(config.get("ttft"), config.get("tpot"))
+    stages = [rank["stage"] for rank in description.get("ranks") or [] if "stage" in rank]
+    totals = Totals(limits, 0)
+    requests = [done.record for done in read_ended(path)]
+    for request in requests:
+        totals.take_request(request)
+    steps, num_steps = newest(seen(read_steps(path), totals.take_step))
+    totals.num_stages = max([*totals.busy, len(set(stages)) - 1], default=-1) + 1
+    failures = optional_records(path / "failures.csv", FailureRecord) or journal_failures(path)
+    return Records(totals.summary(0).row(), requests, steps, newest(read_transfers(path))[0], failures, num_steps)
+
+
+def journal_failures(path: Path) -> list[FailureRecord]:
+    """Read the failures of a run from its journal, whose last line about them has all."""
+    last: list[dict[str, Any]] = []
+    for _, (kind, *values) in read_lines(path / "journal.jsonl"):
+        if kind == "failures":
+            last = values[0]
+    return [FailureRecord(**values) for values in last]
+
+
+def newest(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """Give the last rows, at most as many as a page can show, and how many there are of all."""
+    kept: deque[Row] = deque(maxlen=MOST_ROWS)
+    count = 0
+    for row in rows:
+        kept.append(row)
+        count += 1
+    return list(kept), count
 
 
 def read_description(path: Path) -> Mapping[str, Any]:
@@ -124,6 +198,11 @@ def read_description(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no mapping: name a directory that a dejavu command wrote")
     return value
+
+
+def optional_rows(path: Path, row_type: type[Any]) -> Iterator[Any]:
+    """Read records one by one where the run wrote them."""
+    return read_rows(path, row_type) if path.exists() else iter(())
 
 
 def optional_records(path: Path, row_type: type[Any]) -> list[Any]:

@@ -60,7 +60,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         if middle == middle:
             lines.append((name, f"{format_seconds(middle)} median, {format_seconds(tail)} p95"))
     lines.append(("idle by stage", ", ".join(f"{stage}: {format_percent(v)}" for stage, v in idle(run).items()) or "-"))
-    lines.append(("peak KV of a worker", format_bytes(int(value["peak_kv_bytes"]))))
+    if not run.is_cut_off:
+        lines.append(("peak KV of a worker", format_bytes(int(value["peak_kv_bytes"]))))
     if stall_ms := value.get("swap_stall_ms"):
         lines.append(("wait of a pass for swapped KV", f"{format_seconds(stall_ms / 1e3)} in the mean"))
     return lines

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dejavu.config import make_config
+from dejavu.measure.ended import Ended
 from dejavu.measure.environment import describe_run
 from dejavu.measure.records import StepKind, StepRecord, TransferRecord
 from dejavu.measure.run_directory import RunDirectory
@@ -24,7 +25,7 @@ def make_run(path: Path, *, speed: float = 1.0, failures: str = "", options: Map
     config = make_config({"model": "gpt2", "load_format": "dummy", "pp": 2, **(options or {})})
     directory.write_run(describe_run(config.model_dump(mode="json"), RANKS, dtype="float32"))
     directory.write_records(
-        [completion(index, speed) for index in range(4)],
+        [Ended.of(completion(index, speed)) for index in range(4)],
         [step(rank, index, speed) for index in range(6) for rank in (1, 2)],
         [TransferRecord(1, "activation", "mpi", 1, 2, 10**6, 0.1 * i, 0.1 * i + 0.001) for i in range(5)],
         tracks=Tracks({0: "controller", 1: "stage 0", 2: "stage 1"}),
