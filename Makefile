@@ -54,7 +54,7 @@ demo: install
 	@echo '1. Prompts and tokens in pipelines of their own, microbatches swapped, KV replicated, one spare: without a failure,'
 	@echo '   then with token stage 1 killed after 12 steps. The texts have to be the same.'
 	$(BIN)/dejavu fail-inject resilient.yaml --kill token:1@step=12 --no-progress --out $(DEMO)
-	@echo '2. What happened, as a page: the failure is the dashed line, the stages are the bars.'
+	@echo '2. What happened, as a page: bars are stages at work, the dashed line is the failure, shaded until it is made good.'
 	$(BIN)/dejavu report $(DEMO)/failure
 	@echo "3. The trace, for https://ui.perfetto.dev: $(DEMO)/failure/trace.json"
 
