@@ -15,11 +15,12 @@ import pytest
 
 from dejavu.cluster.launcher import JOB, find_mpirun
 from dejavu.cluster.leftovers import job_processes, processes
-from dejavu.cluster.segments import PREFIX, SHARED_MEMORY, directory_of
+from dejavu.cluster.segments import SHARED_MEMORY, directory_of
 from dejavu.device.keeper import SOCKET
 from dejavu.device.keeper_line import keeper_directory
 from dejavu.measure.failures import FailureRecord
 from dejavu.measure.records import TransferRecord, read_csv
+from tests.cluster.test_recovery import left_in_shared_memory
 from tests.cluster.test_serve import FAULT_TOLERANT, REPOSITORY, read_outputs, run
 
 pytestmark = pytest.mark.timeout(150)
@@ -76,7 +77,7 @@ LOST = {"process": {0}, "memory": {1, 2, 3}, "memory of another host": {0, 1}}
 @pytest.mark.parametrize("name", CASES)
 def test_every_request_goes_on(options, expected, tmp_path, name):
     loses, rank, more = CASES[name]
-    path, note, before = tmp_path / "run", tmp_path / "note", segment_directories()
+    path, note, before = tmp_path / "run", tmp_path / "note", set(SHARED_MEMORY.iterdir())
     program = [REPOSITORY / "tests/cluster/loss_program.py", rank, 15, loses, note]
     done = run([*program, "serve", *options, *more, "--spares", 1, "--out", path], ranks=4)
     assert note.exists(), done.stderr
@@ -89,12 +90,7 @@ def test_every_request_goes_on(options, expected, tmp_path, name):
     assert (failure.bytes_restored > 0) == (loses == "memory")
     assert {t.kind for t in read_csv(path / "transfers.csv", TransferRecord)} == {"replica"}
     assert done.left == []
-    until(lambda: segment_directories() <= before)  # the keeper is the last to go
-
-
-def segment_directories():
-    """List where jobs of this user have MPI's shared memory; other tests may run at the same time."""
-    return set(SHARED_MEMORY.glob(f"{PREFIX}{os.getuid()}-*"))
+    until(lambda: left_in_shared_memory(before) == [])  # the keeper is the last to go
 
 
 def test_nothing_is_left_where_mpirun_is_killed(options, tmp_path):
