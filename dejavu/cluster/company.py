@@ -3,20 +3,22 @@
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dejavu.cluster.accelerator import accelerator_indices, share_memory
 from dejavu.cluster.injection import IncidentLog
-from dejavu.cluster.keeping import needs_replica_carrier
+from dejavu.cluster.keeping import crosses_hosts, needs_replica_carrier
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.muster import Loss, Lost, Recruiting
 from dejavu.engine.controller import Controller
+from dejavu.engine.loss import Restored, join_restored
 from dejavu.engine.losses import note_losses
 from dejavu.engine.messages import Ready, Rehearse
 from dejavu.engine.recovery import Death, Gathered, who_died
-from dejavu.engine.seating import join_restored
+from dejavu.engine.seating import Lane
 from dejavu.engine.setup import EngineSetup
 from dejavu.errors import EndedByPeerError, PeerLostError
 from dejavu.measure.clock import ClockSample, RunClock, estimate_offset
@@ -146,10 +148,26 @@ class WorkerCompany(Rounds):
                 self.controller.journal.note("start", *self.controller.clock.describe())
         self.gathered_epoch = self.channel.membership.epoch
         share_clock(self.channel, ranks, self.controller.clock)
-        lanes = self.controller.seating.lanes
-        left = [join_restored((ready[rank].keeps_kv, ready[rank].tokens) for rank in lane.ranks) for lane in lanes]
+        left = [self.what_is_left(number, lane, ready) for number, lane in enumerate(self.controller.seating.lanes)]
         num_bytes = sum(answer.restored_bytes for answer in ready.values())
         return Gathered(left, num_bytes, sum(answer.kept_bytes for answer in ready.values()))
+
+    def what_is_left(self, number: int, lane: Lane, ready: Mapping[int, Ready]) -> Restored:
+        """Say what a pipeline has of its KV by what its ranks say, and what it has to have by what they said before.
+
+        What is swapped is known by its flushes, which nobody is told of.
+        """
+        left = join_restored((ready[rank].keeps_kv, ready[rank].tokens) for rank in lane.ranks)
+        lane.forget_replicas(rank for rank in lane.ranks if ready[rank].has_new_replica)
+        is_swapped = self.setup.caches[number].is_swapped
+        lost = [rank for rank in lane.ranks if is_swapped or not ready[rank].keeps_kv]
+        most_behind = lane.most_behind(lost, self.setup.config.replicate_every) if self.copies_in_step(lane) else ()
+        return replace(left, acknowledged=lane.acknowledged(lost), most_behind=most_behind)
+
+    def copies_in_step(self, lane: Lane) -> bool:
+        """Tell whether every rank copies a pass before it begins another one, as a CPU does on its own host."""
+        crosses = any(crosses_hosts(self.channel, self.setup, rank) for rank in lane.ranks)
+        return lane.is_replicated and not self.setup.on_cuda and not crosses
 
     def call_rehearsal(self) -> None:
         """Let spares prepare what they may have to take over; before requests are taken, wait for it."""

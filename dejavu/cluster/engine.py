@@ -24,8 +24,9 @@ from dejavu.cluster.site import Holdings, Site, dtype_of, make_empty_pool, make_
 from dejavu.cluster.stores import keep_on_disk, restore_from_disk
 from dejavu.device.base import Location, Stream
 from dejavu.engine.controller import Controller
+from dejavu.engine.disaggregated import Disaggregated
 from dejavu.engine.flight import Flights
-from dejavu.engine.handover import Mover, Movers, NoMover, PromptMover, SyntheticMover, TokenMover
+from dejavu.engine.handover import Listener, Mover, Movers, PromptMover, SyntheticMover, TokenMover
 from dejavu.engine.inlet import DirectInlet, HostInlet, Inlet, NoInlet, StagedInlet
 from dejavu.engine.journal import NoJournal, Past
 from dejavu.engine.logits import Logits, LogitSum, MpiLogits, OneRank
@@ -35,7 +36,7 @@ from dejavu.engine.replication import ReplicaSource
 from dejavu.engine.residency import Residency
 from dejavu.engine.rows import RowTable
 from dejavu.engine.scheduler import Scheduler
-from dejavu.engine.seating import Colocated, Disaggregated, Lane, Seating, peak_blocks
+from dejavu.engine.seating import Colocated, Lane, Seating, peak_blocks
 from dejavu.engine.setup import EngineSetup
 from dejavu.engine.sink import DirectNextStage, NextStage, Sampling, Sink, StagedNextStage, ToLeader, ToSum
 from dejavu.engine.source import Scheduled, Source, Upstream
@@ -135,19 +136,23 @@ def make_seating(channel: Channel, setup: EngineSetup, journal: NoJournal) -> Se
             prompts_only,
             cache.blocks_per_row if cache.is_swapped else 0,
         )
-        lanes.append(Lane(pipeline.ranks, table))
+        is_replicated = setup.config.replicate != "off" and not prompts_only and not cache.is_swapped
+        lanes.append(Lane(pipeline.ranks, table, is_replicated=is_replicated))
 
     def send(rank: int, message: object) -> None:
-        channel.send_if_whole(rank, message)
         if isinstance(message, Admissions | Resume):
             number = next(number for number, lane in enumerate(lanes) if rank in lane.ranks)
-            if not lanes[number].table.prompts_only:
+            if lanes[number].table.prompts_only:
+                journal.note_prompts(message.admissions)
+            else:
                 journal.note_seats(number, message.admissions)
+        journal.flush()  # whoever comes next knows what ranks may have done
+        channel.send_if_whole(rank, message)
 
     if not setup.config.is_disaggregated:
         return Colocated(lanes, send)
     prompt, token = lanes
-    return Disaggregated(prompt, token, send)
+    return Disaggregated(prompt, token, send, journal)
 
 
 def make_stage(site: Site, all_reduce: AllReduce | None, stack: ExitStack) -> tuple[Stage, int]:
@@ -266,9 +271,10 @@ def make_mover(
 ) -> tuple[Mover, RestoredPool]:
     """Make what moves KV in or out of this rank's pool, after giving back what its replica has; `ties` ends it."""
     setup, device = site.setup, site.device
-    movers: list[Mover] = [swap.mover] if swap else []
+    movers: list[Mover] = [Listener(holdings.count_as_known), *([swap.mover] if swap else [])]
     if not site.vault:
-        movers.append(SyntheticMover(site.channel) if setup.config.is_disaggregated else NoMover())
+        if setup.config.is_disaggregated:
+            movers.append(SyntheticMover(site.channel))
         return Movers(movers), RestoredPool()
     if swap:
         # A prompt lands in host memory, behind the flushes for whoever had its blocks before; copies leave from there.
@@ -283,18 +289,17 @@ def make_mover(
     carrier = open_replica_carrier(site.channel, setup, device, comm, ties)
     source, layout_of = ReplicaSource(device, pool.memory, stream), partial(pool_layout, setup)
     assert site.shelf
-    replicating = Replicating(site.channel, setup, site.shelf, source, not holdings.has_kv, layout_of, carrier)
+    replicating = Replicating(site.channel, setup, site.shelf, source, holdings.is_new, layout_of, carrier)
     replicators, restored = replicating.start(ties)
     on_disk = keep_on_disk(
         setup, site.placement, source, layout_of(site.placement), site.channel.membership.epoch, ties
     )
-    if on_disk and not holdings.has_kv and not restored.rows:
+    if on_disk and holdings.is_new and not restored.rows:
         restored = restore_from_disk(on_disk)
     if holdings.flushed is not None:
         for place, row in restored.rows.items():
             holdings.flushed.admit(FlushedRow(place, row.serial, row.length))
-    movers += [*replicators, *([on_disk] if on_disk else [])]
-    return Movers(movers) if movers else NoMover(), restored
+    return Movers([*movers, *replicators, *([on_disk] if on_disk else [])]), restored
 
 
 def make_handover(site: Site, comm: Any, pool: KVPool, stream: Stream, ties: ExitStack) -> Mover:

@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dejavu.cluster.launcher import JOB, SUPERVISOR
@@ -237,11 +237,15 @@ def open_replica_carrier(
 
 @dataclass(frozen=True, slots=True)
 class RestoredPool:
-    """Say what a new pool got back from its replica: the rows that it has tokens of, the bytes, and the time."""
+    """Say what a new pool got back from its replica: the rows that it has tokens of, the bytes, and the time.
+
+    With `has_new_store` the replica of the pool was lost, or there was none yet.
+    """
 
     rows: dict[Place, HeldRow] = field(default_factory=dict)
     nbytes: int = 0
     seconds: float = 0.0
+    has_new_store: bool = False
 
     @property
     def tokens(self) -> dict[int, int]:
@@ -321,6 +325,7 @@ class Replicating:
             pool, stream = self.source.pool, self.source.stream
             self.carrier.receive(holder - 1, RESTORE_KEY, pool, message, stream=stream).wait(self.channel.deadline_s)
             restored = RestoredPool(rows, message.total_bytes, time.monotonic() - started)
+        restored = replace(restored, has_new_store=not rows)
         mover = SendingReplicator(self.channel, self.carrier, self.source, layout, self.every, holder, carrier_offset=1)
         mover.books.adopt(rows)
         return mover, restored
@@ -328,6 +333,7 @@ class Replicating:
     def copy(self, place: Placement, holder: int) -> tuple[PassFollower, RestoredPool]:
         """Replicate on this host, and get back from the replica there what is lost."""
         started = time.monotonic()
+        has_new_store = replica_name(self.setup.topology.placements[holder], place) not in self.shelf.vault.contents()
         store, restored = self.open_store(holder, place.rank), RestoredPool()
         rows = store.rows()
         if self.is_new and rows:
@@ -335,6 +341,7 @@ class Replicating:
             nbytes = store.restore(self.source.device, self.source.pool, blocks, stream=self.source.stream)
             self.source.stream.synchronize()
             restored = RestoredPool(rows, nbytes, time.monotonic() - started)
+        restored = replace(restored, has_new_store=has_new_store)
         mover = DirectReplicator(self.channel, self.source, store, self.every, holder)
         mover.books.adopt(rows)
         return mover, restored

@@ -103,13 +103,17 @@ class Participant:
             links = open_links(site, ties)
             holdings = self.holdings = self.hold(site, links)
             swap = make_swap(site, holdings, ties) if site.cache.is_swapped else None
+            if swap and holdings.flushed is None:  # simulated: it is lost with each change
+                holdings.has_kv, holdings.untold = False, None
             mover, restored = make_mover(site, comm, holdings, swap, ties)
+            restored = holdings.tell(restored)
             prepare_passes(site, holdings.stage, swap.tensor if swap else holdings.pool)
             tokens = holdings.flushed.lengths() if holdings.flushed is not None else restored.tokens
             found = tuple(links.describe()), holdings.has_kv, tokens, restored.nbytes, restored.seconds
-            channel.send(CONTROLLER, Ready(time.monotonic() - started, *found, holdings.kept_bytes))
+            kept_bytes, has_new_replica = holdings.kept_bytes, restored.has_new_store
+            channel.send(CONTROLLER, Ready(time.monotonic() - started, *found, kept_bytes, has_new_replica))
             self.end_rehearsal()
-            holdings.has_kv, holdings.kept_bytes = swap is None or holdings.flushed is not None, 0
+            holdings.kept_bytes = 0
             clock = join_clock(channel)
             worker = make_worker(site, holdings, swap, mover, links, clock)
             ties.callback(lambda: recorder.add_transfers(mover.take_transfers(channel.rank, clock.at_s)))

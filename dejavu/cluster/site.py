@@ -1,12 +1,12 @@
 """Say where a worker stands in a run, how large the memory there is, and what it holds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dejavu.cluster.keeping import StoreShelf
+from dejavu.cluster.keeping import RestoredPool, StoreShelf
 from dejavu.device.base import Buffer, Device
 from dejavu.device.vault import Vault
 from dejavu.engine.messages import Busy
@@ -20,7 +20,7 @@ from dejavu.measure.cpu import CpuMeter
 from dejavu.measure.recorder import MemoryRecorder, Recorder
 from dejavu.measure.records import TransferRecord
 from dejavu.model.spec import Shard
-from dejavu.topology import CONTROLLER, Pipeline, Placement, Role
+from dejavu.topology import CONTROLLER, Pipeline, Placement
 from dejavu.transport.mpi import Channel
 
 
@@ -80,7 +80,7 @@ class Holdings:
     The pool is `memory` as [block, layer, k/v, token, kv_head, head_dim]: zeros, or with `has_kv` what this place's
     last process or epoch left there. Synthetic stages have none; of swapped KV `memory` is all of it, on the host, and
     `flushed` says what has come there, while the device's part is made anew. `kept_bytes` are those that this process
-    found, until it has told.
+    found, until it has told. `untold` is what came back of KV that was lost, until the controller is known to know.
     """
 
     stage: Stage
@@ -90,6 +90,24 @@ class Holdings:
     has_kv: bool = False
     kept_bytes: int = 0
     flushed: FlushedRows | None = None
+    untold: RestoredPool | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Tell whether nothing has come back yet of KV that was lost."""
+        return not self.has_kv and self.untold is None
+
+    def tell(self, restored: RestoredPool) -> RestoredPool:
+        """Give what there is to tell: of what came back in an earlier round, too, if nobody may have heard it."""
+        if self.untold is not None:
+            restored = replace(self.untold, has_new_store=restored.has_new_store, nbytes=0)
+        self.untold = None if self.has_kv else restored
+        return restored
+
+    def count_as_known(self) -> None:
+        """Take note that the controller knows of KV that was lost: what is there from now on is what it thinks."""
+        if self.untold is not None:
+            self.has_kv, self.untold = True, None
 
 
 def pool_layout(setup: EngineSetup, placement: Placement) -> PoolLayout:
@@ -112,10 +130,8 @@ def rank_cache(setup: EngineSetup, placement: Placement) -> RankCache:
 
 
 def make_rows(site: Site) -> RowMap:
-    """Make the table of rows that KV moves out of, or of slots that it moves into."""
-    shape, cache = site.pipeline.shape, site.cache
-    if site.pipeline.role is Role.PROMPT:
-        return RowMap(shape.num_microbatches, shape.microbatch_size, cache.blocks_per_row, cache.block_size)
+    """Make the table of slots that KV moves out of, or into."""
+    cache = site.cache
     return RowMap(1, cache.num_blocks, cache.blocks_per_row, cache.block_size)
 
 

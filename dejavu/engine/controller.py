@@ -10,6 +10,7 @@ from itertools import count
 
 from dejavu.engine.activity import Activity
 from dejavu.engine.journal import NoJournal, Past
+from dejavu.engine.loss import Repeated
 from dejavu.engine.messages import (
     Busy,
     Moved,
@@ -23,7 +24,7 @@ from dejavu.engine.messages import (
     Stop,
 )
 from dejavu.engine.recovery import Company, Death, FailureBook, Outage
-from dejavu.engine.seating import Lane, Repeated, Seating
+from dejavu.engine.seating import Lane, Seating
 from dejavu.engine.text import StreamFactory, TextWatch
 from dejavu.errors import PeerLostError
 from dejavu.measure.clock import RunClock
@@ -110,7 +111,6 @@ class Controller:
         self.reports: dict[int, Report] = {}
         self.ready: dict[int, Ready] = {}
         self.activity = Activity()
-        self.replicated: dict[tuple[int, int], int] = {}  # by rank and microbatch: the last step that its replica has
 
     def submit(self, request: Request) -> None:
         """Take a request; raise CapacityError if a pool could never hold it."""
@@ -180,7 +180,7 @@ class Controller:
                 case Released(serial, step):
                     self.lane_of(rank).released(serial, step)
                 case Replicated():
-                    self.replicated |= {(message.rank, microbatch): step for microbatch, step in message.steps}
+                    self.lane_of(message.rank).take_replicated(message.rank, message.steps)
                 case Busy():
                     self.activity.take(rank, message, self.clock.now_s())
                 case RecordChunk():
@@ -294,8 +294,8 @@ class Controller:
         for lane, steps in zip(self.seating.lanes, past.steps, strict=False):
             lane.steps = steps
         for progress in past.unfinished:
-            if progress.seat:
-                self.seating.adopt(*progress.seat)
+            if progress.seat or progress.prompt:
+                self.seating.adopt(progress)
                 self.run(progress.serial, progress.completion)
             elif progress.completion.request.arrival_s <= self.clock.now_s():
                 self.waiting.append(progress.completion)
@@ -322,13 +322,20 @@ class Controller:
 
     def take_tokens(self, rank: int, result: Sampled) -> None:
         """Take the tokens of one pass; those of requests that have ended meanwhile are dropped."""
-        self.lane_of(rank).passed(result.microbatch, result.step)
+        lane = self.lane_of(rank)
+        lane.passed(result.microbatch, result.step)
+        for serial, num_tokens in result.chunks:
+            if serial in self.running:
+                self.seating.computed(serial, num_tokens)
+                self.journal.note("computed", serial, num_tokens)
         for token in result.tokens:
             if token.index == 0:
                 self.seating.first_token(token.serial, token.token_id)
             running = self.running.get(token.serial)
             if running is None:
                 continue
+            if not lane.table.prompts_only:
+                lane.begun.setdefault(token.serial, result.step)
             self.say(self.failures.token(token.serial, result.time_s))
             if token.index == len(running.completion.token_ids):  # else it came before a failure already
                 self.journal.note_token(token, result.time_s, result.start_s)

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from dejavu.device.base import Stream
-from dejavu.engine.messages import Admission, Expect, Moved, Report, Work
+from dejavu.engine.messages import Admission, Expect, Moved, Report, Resend, Work
 from dejavu.kv.plan import Resharding
 from dejavu.kv.pool import KVPool
 from dejavu.kv.side import Selection
-from dejavu.kv.stream import LayerStreamer, Level, stream_in
+from dejavu.kv.stream import LayerStreamer, Level, stream_in, stream_out
 from dejavu.measure.records import TransferRecord
 from dejavu.topology import CONTROLLER
 from dejavu.transport.carrier import Carrier, Transfer
@@ -77,6 +77,24 @@ class NoMover:
         return report
 
 
+class Listener(NoMover):
+    """Call a function when a pass or a prompt's KV comes: the controller then knows what this rank said it has."""
+
+    takes: tuple[type, ...] = (Expect, Resend)
+
+    def __init__(self, heard: Callable[[], None]) -> None:
+        self.heard = heard
+
+    def begin(self, work: Work) -> LayerDone | None:
+        """Take note of a pass."""
+        self.heard()
+        return None
+
+    def take(self, message: object) -> None:
+        """Take note of a prompt that comes, or is to be sent again."""
+        self.heard()
+
+
 class Movers:
     """Let several movers work beside each other; a message goes to those that take its kind."""
 
@@ -125,7 +143,7 @@ class Movers:
 class SyntheticMover(NoMover):
     """Report that KV has moved which a synthetic stage never made."""
 
-    takes: tuple[type, ...] = (Expect,)
+    takes: tuple[type, ...] = (Expect, Resend)
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -137,8 +155,8 @@ class SyntheticMover(NoMover):
         return None
 
     def take(self, message: object) -> None:
-        """Take the prompt as received."""
-        assert isinstance(message, Expect), message
+        """Take the prompt as received, or sent again."""
+        assert isinstance(message, Expect | Resend), message
         self.channel.send(CONTROLLER, Moved(message.serial))
 
     def look(self) -> float:
@@ -157,7 +175,10 @@ class Leaving(NamedTuple):
 
 
 class PoolMover(NoMover):
-    """Move prompts' KV in or out of one rank's pool, and tell the controller of each that has moved."""
+    """Move prompts' KV in or out of one rank's pool, and tell the controller of each that has moved.
+
+    The pool's rows are slots: one for each prompt on its way.
+    """
 
     def __init__(
         self, channel: Channel, carrier: Carrier, pool: KVPool, resharding: Resharding, level: Level, stream: Stream
@@ -172,6 +193,12 @@ class PoolMover(NoMover):
         self.transfers: dict[int, Transfer] = {}  # by the request's serial
         self.leaving: dict[int, Leaving] = {}  # by the request's serial, from the first layer on, on a prompt rank
         self.left: list[tuple[Leaving, float]] = []  # and when the last layer was there
+
+    def admit(self, serial: int, blocks: Sequence[int]) -> None:
+        """Let a free slot hold a prompt."""
+        taken = {row for _, row in self.pool.places.values()}
+        slot = next(row for row in range(self.pool.rows.num_rows) if row not in taken)
+        self.pool.admit(serial, 0, slot, blocks)
 
     def look(self) -> float:
         """Free and report what has moved; raise the error of a transfer that failed."""
@@ -189,6 +216,23 @@ class PoolMover(NoMover):
 
 class PromptMover(PoolMover):
     """Send the KV of each prompt from a prompt rank to the token ranks that own its layers and heads."""
+
+    takes: tuple[type, ...] = (Resend,)
+
+    def take(self, message: object) -> None:
+        """Send a prompt again that was computed before a failure."""
+        assert isinstance(message, Resend), message
+        serial = message.serial
+        self.admit(serial, message.blocks)
+        self.transfers[serial] = stream_out(
+            self.carrier,
+            self.pool,
+            self.resharding,
+            whole_prompt(serial, message.num_tokens),
+            transfer=serial,
+            stream=self.stream,
+            level=self.level,
+        )
 
     def begin(self, work: Work) -> LayerDone | None:
         """Make a streamer for each prompt of the pass that goes on elsewhere."""
@@ -224,7 +268,7 @@ class PromptMover(PoolMover):
     def make_streamer(self, admission: Admission) -> LayerStreamer:
         """Prepare to send one prompt's layers."""
         serial, num_tokens = admission.serial, len(admission.request.prompt_token_ids)
-        self.pool.admit(serial, admission.microbatch, admission.row, admission.blocks)
+        self.admit(serial, admission.blocks)
         streamer = LayerStreamer(
             self.carrier,
             self.pool,
@@ -239,16 +283,14 @@ class PromptMover(PoolMover):
 
 
 class TokenMover(PoolMover):
-    """Receive the KV of each prompt on a token rank. The pool's rows are slots: one for each prompt on its way."""
+    """Receive the KV of each prompt on a token rank."""
 
     takes: tuple[type, ...] = (Expect,)
 
     def take(self, message: object) -> None:
         """Post the receives of one prompt."""
         assert isinstance(message, Expect), message
-        taken = {row for _, row in self.pool.places.values()}
-        slot = next(row for row in range(self.pool.rows.num_rows) if row not in taken)
-        self.pool.admit(message.serial, 0, slot, message.blocks)
+        self.admit(message.serial, message.blocks)
         self.transfers[message.serial] = stream_in(
             self.carrier,
             self.pool,

@@ -9,7 +9,7 @@ file that has grown large is closed, and removed when all requests that it speak
 
 import threading
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ class NoJournal:
         """Write nothing."""
 
     def note_seats(self, lane: int, admissions: Iterable[Admission]) -> None:
+        """Write nothing."""
+
+    def note_prompts(self, admissions: Iterable[Admission]) -> None:
         """Write nothing."""
 
     def note_token(self, token: SampledToken, time_s: float, start_s: float) -> None:
@@ -85,6 +88,12 @@ class Journal(NoJournal):
         for admission in admissions:
             self.segments.book.touch(admission.serial)
             self.note("seat", *seat_values(lane, admission))
+
+    def note_prompts(self, admissions: Iterable[Admission]) -> None:
+        """Add the rows that requests take in a pipeline of prompts, and their blocks in the other one."""
+        for admission in admissions:
+            place = admission.microbatch, admission.row
+            self.note("prompt", admission.serial, place, admission.blocks, admission.handover)
 
     def note_token(self, token: SampledToken, time_s: float, start_s: float) -> None:
         """Add a token."""
@@ -159,11 +168,18 @@ class Journal(NoJournal):
 
 @dataclass(slots=True)
 class Progress:
-    """Hold one request as the journal knows it; `seat` is its pipeline, and what it began with in its row there."""
+    """Hold one request as the journal knows it; `seat` is its pipeline, and what it began with in its row there.
+
+    `prompt` is what it began with in a pipeline of prompts, which `keeps_prompt` until it is given up. The token side
+    has `num_moved` tokens, or what has come there is not known to be whole.
+    """
 
     completion: Completion
     serial: int = -1
     seat: tuple[int, Admission] | None = None  # while it has a row where tokens are generated
+    prompt: Admission | None = None
+    keeps_prompt: bool = False
+    num_moved: int | None = None
     times_s: list[float] = field(default_factory=list)  # of its tokens
     number: int = 0  # in the order in which requests were taken
 
@@ -244,7 +260,7 @@ def take_admission(past: Past, serial: int, request_id: str, admitted_s: float) 
     progress = past.requests.get(request_id)
     if progress is None:
         return
-    progress.serial, progress.seat = serial, None
+    progress.serial, progress.seat, progress.prompt, progress.num_moved = serial, None, None, None
     progress.completion.admitted_s = admitted_s
     past.serials[serial] = progress
 
@@ -260,6 +276,37 @@ def take_seat(
     microbatch, row = place
     admission = Admission(serial, microbatch, row, tuple(blocks), request, outputs=outputs, num_cached=num_cached)
     progress.seat = lane, admission
+
+
+def take_prompt(past: Past, serial: int, place: list[int], blocks: list[int], handover: list[int]) -> None:
+    """Take the row in which a request's prompt is processed."""
+    progress = past.serials.get(serial)
+    if progress is None:
+        return
+    microbatch, row = place
+    request = progress.completion.request
+    progress.prompt = Admission(serial, microbatch, row, tuple(blocks), request, tuple(handover))
+    progress.keeps_prompt = True
+
+
+def take_given_up(past: Past, serial: int) -> None:
+    """Take the end of what a pipeline of prompts has kept of a request."""
+    if progress := past.serials.get(serial):
+        progress.keeps_prompt = False
+
+
+def take_moved(past: Past, serial: int, num_tokens: int | None) -> None:
+    """Take how much of a request's KV the token side has, or that it is on its way again."""
+    if progress := past.serials.get(serial):
+        progress.num_moved = num_tokens
+
+
+def take_computed(past: Past, serial: int, num_tokens: int) -> None:
+    """Take the tokens that are through of a prompt that goes through in parts."""
+    progress = past.serials.get(serial)
+    if progress and progress.seat:
+        lane, admission = progress.seat
+        progress.seat = lane, replace(admission, num_cached=num_tokens)
 
 
 def take_token(past: Past, serial: int, token_id: int, time_s: float, start_s: float, logprobs: Any) -> None:
@@ -284,7 +331,7 @@ def take_end(past: Past, request_id: str, reason: str, time_s: float, text: str 
     progress = past.requests.get(request_id)
     if progress is None:
         return
-    progress.seat = None
+    progress.seat = progress.prompt = None
     completion = progress.completion
     completion.finish_reason, completion.finish_s, completion.text = FinishReason(reason), time_s, text
 
@@ -310,6 +357,10 @@ READERS: dict[str, Callable[..., None]] = {
     "complete": take_complete,
     "admitted": take_admission,
     "seat": take_seat,
+    "prompt": take_prompt,
+    "given_up": take_given_up,
+    "moved": take_moved,
+    "computed": take_computed,
     "token": take_token,
     "end": take_end,
     "steps": take_steps,

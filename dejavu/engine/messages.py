@@ -36,6 +36,15 @@ class Expect:
 
 
 @dataclass(frozen=True, slots=True)
+class Resend:
+    """Controller → every rank of the prompt pipeline: send on the KV of this prompt, which lies in these blocks."""
+
+    serial: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
     """Prompt and token ranks → controller: this rank has sent, or has, all its part of a request's prompt KV."""
 
@@ -152,6 +161,7 @@ class Sampled(NamedTuple):
     tokens: tuple[SampledToken, ...]
     time_s: float  # on the controller's clock
     start_s: float = 0.0  # of the pass
+    chunks: tuple[tuple[int, int], ...] = ()  # serials whose prompts are not through yet, and their tokens that are
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return remake_sampled, (tuple(map(tuple, self.tokens)), self._replace(tokens=())[:])
@@ -181,6 +191,7 @@ class Ready:
     restored_bytes: int = 0  # that came back from a replica
     restore_s: float = 0.0
     kept_bytes: int = 0  # of KV that a new process of this place found at the keeper
+    has_new_replica: bool = False  # what its replica had is gone
 
 
 @dataclass(frozen=True, slots=True)

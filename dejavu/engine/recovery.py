@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import isnan, nan
 from typing import Literal, Protocol
 
-from dejavu.engine.seating import Repeated, Restored
+from dejavu.engine.loss import Repeated, Restored
 from dejavu.errors import PeerLostError
 from dejavu.measure.failures import FailureRecord
 
@@ -86,6 +86,8 @@ def restoration(record: FailureRecord, kept_bytes: int) -> list[str]:
         said.append(f"{megabytes(kept_bytes)} of KV kept on the host")
     if record.bytes_restored:
         said.append(f"{megabytes(record.bytes_restored)} of KV restored from replicas")
+    if record.prompts_handed_over:
+        said.append(f"{record.prompts_handed_over} prompts handed over again")
     if record.prompts_recomputed:
         said.append(f"{record.prompts_recomputed} prompts computed again")
     elif record.tokens_replayed:
@@ -148,7 +150,9 @@ class FailureBook:
         for record in outage.records[:1]:
             record.bytes_restored = gathered.restored_bytes
             record.prompts_recomputed, record.tokens_replayed = repeated.prompts, repeated.tokens
-            record.steps_lost = repeated.steps
+            record.steps_lost, record.steps_beyond = repeated.steps, repeated.steps_beyond
+            record.prompts_handed_over = repeated.prompts_handed_over
+            record.prompts_avoidable = repeated.prompts_avoidable
 
     def token(self, serial: int, time_s: float) -> list[str]:
         """Note that a request goes on; give what is to be said of failures that are over with it."""

@@ -158,7 +158,8 @@ class Sampling:
             state.num_unseen -= 1
         if draw:
             self.landing.give(draw.token_ids, draw.drawn)
-        sampled = Sampled(work.step, work.microbatch, tuple(tokens), self.now_s(), work.start_s)
+        chunks = tuple((row.serial, row.context + row.num_new) for row in work.rows if not row.samples)
+        sampled = Sampled(work.step, work.microbatch, tuple(tokens), self.now_s(), work.start_s, chunks)
         self.tell(sampled)
 
     def admit(self, admission: Admission) -> None:

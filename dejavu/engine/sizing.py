@@ -85,8 +85,7 @@ def size_cache(
     most_layers = max(shard.last_layer - shard.first_layer for shard in shards)
     block_bytes = block_size * spec.kv_bytes_per_token(ITEM_BYTES[dtype], most_layers, pipeline.tp)
     per_row = -(-row_len // block_size)
-    extra_rows = config.num_handover_rows if pipeline.role is Role.TOKEN else 0
-    num_blocks = (pipeline.shape.num_rows + extra_rows) * per_row
+    num_blocks = (pipeline.shape.num_rows + extra_rows(config, pipeline, per_row)) * per_row
     wanted = CacheSize(row_len, block_size, num_blocks, block_bytes)
     if resident := config.resident_of(pipeline.shape):
         return fit_swapped(config, wanted, resident * pipeline.shape.microbatch_size)
@@ -98,6 +97,17 @@ def size_cache(
             f"{row_len} tokens needs {per_row}: give at least {per_row * block_bytes} bytes, or a shorter row_len"
         )
     return replace(wanted, num_blocks=num_blocks)
+
+
+def extra_rows(config: ServeConfig, pipeline: Pipeline, blocks_per_row: int) -> int:
+    """Count the rows for which a pipeline has blocks beyond its own.
+
+    Of tokens: for KV that waits for a row. Of prompts: for KV that is kept until the token side has a replica of it;
+    rows of several blocks have some for it, since they are as long as prompt and output together.
+    """
+    if pipeline.role is Role.PROMPT:
+        return config.num_handover_rows if config.replicate != "off" and blocks_per_row == 1 else 0
+    return config.num_handover_rows if pipeline.role is Role.TOKEN else 0
 
 
 def fit_swapped(config: ServeConfig, wanted: CacheSize, resident_rows: int) -> CacheSize:

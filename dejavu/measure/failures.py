@@ -26,6 +26,9 @@ class FailureRecord:
     tokens_replayed: int = 0
     prompts_recomputed: int = 0
     bytes_restored: int = 0
+    prompts_handed_over: int = 0  # again, from the prompt pipeline
+    prompts_avoidable: int = 0  # of those recomputed: there was a copy that should have served
+    steps_beyond: int = 0  # of those lost: the recovery point was behind them
 
     def shift(self, seconds: float) -> None:
         """Add to all times so far."""

@@ -162,16 +162,17 @@ CASES = {
         {"stage 0": 1, "stage 2": 1, "stage 1": 2},
         1,
     ),
-    # prompt and token workers; the token side's KV is lost
+    # prompt and token workers; a device of the token side before any replica has its prompts, and one after
     "prompt-token-lost": (
-        ["--prompt-pp", 1, "--token-pp", 2, "--spares", 3],
+        ["--prompt-pp", 1, "--token-pp", 2, "--spares", 4, "--replicate", "ring"],
         [
+            Fault(3, "kill", step=0, loses_memory=True),
             Fault(1, "kill", step=1),
             Fault(3, "kill", step=3),
             Fault(2, "kill", step=8, loses_memory=True),
         ],
-        {"prompt stage 0": 1, "token stage 1": 1, "token stage 0": 1},
-        1,
+        {"prompt stage 0": 1, "token stage 1": 2, "token stage 0": 1},
+        0,
     ),
     # swapped KV without replicas: a process, and a device; in host memory is what was flushed
     "swapped": (
@@ -222,7 +223,10 @@ def test_every_output_is_that_of_a_run_without_failure(base, expected, recovered
         assert record.recovery_s == pytest.approx(record.resumed_s - record.injected_s)
     recomputed = sum(record.prompts_recomputed for record in records)
     assert recomputed >= least_recomputed if least_recomputed else recomputed == 0, said
+    assert sum(record.prompts_avoidable + record.steps_beyond for record in records) == 0, said
     assert sum(record.bytes_restored > 0 for record in records) == ("--replicate" in options)
+    is_cut_off = name == "prompt-token-lost"  # prompts that no replica had come again from those who computed them
+    assert (sum(record.prompts_handed_over for record in records) > 0) == is_cut_off, said
     assert said.count("serving again after") + said.count("serving went on after") == len(faults)
     assert done.left == []
     assert left_in_shared_memory(shared) == []

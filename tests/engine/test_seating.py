@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.engine.messages import Admissions, Expect, Release, Resume
+from dejavu.engine.disaggregated import Disaggregated
+from dejavu.engine.loss import Restored, join_restored
+from dejavu.engine.messages import Admissions, Expect, Release, Resend, Resume
 from dejavu.engine.rows import RowTable
-from dejavu.engine.seating import Colocated, Disaggregated, Lane, Restored, join_restored
+from dejavu.engine.seating import Colocated, Lane
 from dejavu.errors import CapacityError
 from dejavu.request import Request, SamplingParams
 
@@ -46,6 +48,10 @@ class Ranks:
                     if admission.handover:
                         assert self.expected[admission.serial] == admission.handover  # the receives come first
                         self.moves += [(r, admission.serial) for r in PROMPT_RANKS]
+            case Resend(serial, _, _):
+                assert rank in PROMPT_RANKS
+                assert serial in self.expected
+                self.moves.append((rank, serial))
             case Admissions(admissions):
                 assert rank == TOKEN_RANKS[0]
                 for admission in admissions:
@@ -110,7 +116,8 @@ class Ranks:
 
 def owned(seating):
     prompt, token = (lane.table for lane in seating.lanes)
-    prompt_blocks = [b for a in prompt.occupants.values() for b in a.blocks]
+    prompt_blocks = [b for h in seating.handovers.values() for b in h.kept]
+    assert all(h.kept == h.prompt.blocks for h in seating.handovers.values() if h.prompt)
     token_blocks = [b for h in seating.handovers.values() for b in h.blocks]
     token_blocks += [b for each in seating.token.leaving.values() for b in each.admission.blocks]
     for table, blocks in ((prompt, prompt_blocks), (token, token_blocks)):
@@ -175,7 +182,7 @@ def test_disaggregated_books_balance_in_any_order(shapes, rows, token_blocks, se
             ranks.fail()
             intact = random.random() < 0.5
             seating.resume({s: outputs[s] for s in running}, [Restored(True), Restored(intact)])
-            seated = {s for s, h in seating.handovers.items() if h.seat}
+            seated = {s for s, h in seating.handovers.items() if h.seat and not h.receiving}
             assert set(ranks.generating) == seated
             for lost in () if intact else seated:
                 assert ranks.generating[lost].num_cached == 0
