@@ -32,8 +32,9 @@ WHO@WHEN is such as `token:1@step=40`, `token:1.0@step=40` (stage and tensor ran
 `spare:0@t=2`, `controller@step=20`, `rank:3@t=1`, `both:0@tokens=500`; a step is one of a microbatch, t counts seconds
 from the start of serving, and tokens those of all requests. --random N draws all that by --seed. All options of `dejavu
 serve` are taken; give --spares for each rank that is to be replaced, or --on-failure wait. Exit code 1 where an output
-differs, a request is lost, a failure that was asked for could not be caused, or anything is left behind. Ends with one
-line of JSON."""
+differs, a request is lost, a prompt was computed again of which there was a copy, a step was lost that was not behind the
+recovery point, a failure that was asked for could not be caused, or anything is left behind. Ends with one line of
+JSON."""
 
 if TYPE_CHECKING:
     from dejavu.cluster.leavings import Before
@@ -205,11 +206,27 @@ def report(directory: Path, runs: Runs, aftermath: Aftermath) -> int:
     failures = pasts["failure"].failures
     write_csv(directory / "failures.csv", failures, FailureRecord)
     show(directory, failures, latency, wrong)
-    for line in aftermath.describe():
+    for line in (*describe_costs(failures), *aftermath.describe()):
         print(line)
     tables = {"rows": [plain(row) for row in failures], "latency": [plain(row) for row in latency]}
     print(json.dumps({"bench": "fail-inject", "run": str(directory), **tables, "aftermath": asdict(aftermath)}))
-    return int(bool(wrong) or not aftermath.is_good)
+    return int(bool(wrong) or has_faults(failures) or not aftermath.is_good)
+
+
+def has_faults(failures: Sequence[FailureRecord]) -> bool:
+    """Tell whether a failure has cost what it need not have: a prompt with a copy, or steps before a recovery point."""
+    return any(record.prompts_avoidable or record.steps_beyond > 0 for record in failures)
+
+
+def describe_costs(failures: Sequence[FailureRecord]) -> list[str]:
+    """Say what the failures have cost together, and what of it was to be avoided."""
+    prompts, avoidable = (sum(getattr(r, f"prompts_{name}") for r in failures) for name in ("recomputed", "avoidable"))
+    again = sum(record.prompts_handed_over for record in failures)
+    lost, beyond = (max((getattr(r, f"steps_{name}") for r in failures), default=0) for name in ("lost", "beyond"))
+    return [
+        f"{prompts} prompts were computed again, {avoidable} of which had a copy; {again} were handed over again.",
+        f"At most {lost} steps were lost at once, {beyond} of them before the recovery point.",
+    ]
 
 
 def compare_runs(expected: dict[str, list[int]], pasts: dict[str, Past], restart: Any) -> tuple[list[Any], list[Any]]:

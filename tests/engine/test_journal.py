@@ -40,8 +40,12 @@ def write(path):
         journal.note_token(SampledToken(4, index, 40 + index, logprobs), time_s, time_s - 0.25)
     journal.note_token(SampledToken(5, 0, 50, None), 1.5, 1.0)
     journal.note_end(Completion(REQUESTS[1], [50], text="text", finish_reason=FinishReason.CANCELLED, finish_s=1.75))
+    journal.note_prompts([Admission(4, 0, 1, (5,), REQUESTS[0], (7, 8))])
+    journal.note("moved", 4, 3)
+    journal.note("given_up", 4)
     journal.note("steps", [[1, 2], [3]])
     journal.note_seats(1, [Admission(4, 2, 3, (7, 8), REQUESTS[0], outputs=(40, 41), num_cached=3)])
+    journal.note("computed", 4, 7)
     journal.close()
 
 
@@ -53,7 +57,9 @@ def test_everything_comes_back(tmp_path):
     assert [progress.completion.request for progress in past.requests.values()] == REQUESTS
     assert [progress.completion.request.request_id for progress in past.unfinished] == ["a", "c"]
     first, second, third = past.requests.values()
-    assert first.seat == (1, Admission(4, 2, 3, (7, 8), REQUESTS[0], outputs=(40, 41), num_cached=3))
+    assert first.seat == (1, Admission(4, 2, 3, (7, 8), REQUESTS[0], outputs=(40, 41), num_cached=7))
+    assert first.prompt == Admission(4, 0, 1, (5,), REQUESTS[0], (7, 8))
+    assert (first.keeps_prompt, first.num_moved) == (False, 3)
     assert first.completion.token_ids == [40, 41, 42]
     assert first.completion.logprobs[2] == TokenLogprobs(-0.5, ((42, -0.5), (2, -1.5)))
     assert (first.completion.admitted_s, first.completion.first_token_s) == (0.25, 1.0)

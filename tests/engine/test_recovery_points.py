@@ -5,7 +5,6 @@ ranks keep. A failure takes processes, or memory with the replicas in it, and th
 books decide is held against the memories themselves.
 """
 
-import json
 import threading
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dejavu.engine.disaggregated import Disaggregated
-from dejavu.engine.journal import READERS, Journal, Past
+from dejavu.engine.journal import READERS, Journal, Past, read_line
 from dejavu.engine.loss import join_restored, tokens_there
 from dejavu.engine.messages import Admissions, Expect, Release, Resend, Resume, SampledToken
 from dejavu.engine.rows import RowTable
@@ -39,7 +38,7 @@ class MemoryJournal(Journal):
     def read(self):
         past = Past()
         for line in self.written:
-            kind, *values = json.loads(line)
+            kind, *values = read_line(line.encode())
             READERS[kind](past, *values)
         return past
 

@@ -125,6 +125,7 @@ def cost_words(record: FailureRecord) -> str:
         (record.steps_lost, counted(record.steps_lost, "step") + " lost"),
         (record.tokens_replayed, counted(record.tokens_replayed, "token") + " passed again"),
         (record.prompts_recomputed, counted(record.prompts_recomputed, "prompt") + " computed again"),
+        (record.prompts_handed_over, counted(record.prompts_handed_over, "prompt") + " handed over again"),
         (record.bytes_restored, f"{format_bytes(record.bytes_restored)} of KV restored"),
     ]
     said = [words for number, words in costs if number]
