@@ -32,8 +32,8 @@ WHO@WHEN is such as `token:1@step=40`, `token:1.0@step=40` (stage and tensor ran
 `spare:0@t=2`, `controller@step=20`, `rank:3@t=1`, `both:0@tokens=500`; a step is one of a microbatch, t counts seconds
 from the start of serving, and tokens those of all requests. --random N draws all that by --seed. All options of `dejavu
 serve` are taken; give --spares for each rank that is to be replaced, or --on-failure wait. Exit code 1 where an output
-differs, a request is lost, a prompt was computed again of which there was a copy, a step was lost that was not behind the
-recovery point, a failure that was asked for could not be caused, or anything is left behind. Ends with one line of
+differs, a request is lost, a prompt was computed again of which there was a copy, a step was lost that was not behind
+the recovery point, a failure that was asked for could not be caused, or anything is left behind. Ends with one line of
 JSON."""
 
 if TYPE_CHECKING:

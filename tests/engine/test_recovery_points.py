@@ -71,7 +71,7 @@ class Rank:
     pool: Memory = field(default_factory=Memory)
     replica: Memory = field(default_factory=Memory)
     rows: dict = field(default_factory=dict)  # the replica's index
-    books: ReplicaBooks = None
+    books: ReplicaBooks = field(default_factory=ReplicaBooks)
     late: list = field(default_factory=list)  # passes whose copies are not made
     has_new_replica: bool = False
 
