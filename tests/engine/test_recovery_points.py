@@ -365,7 +365,7 @@ class Machine:
 ACTIONS = ("seat", "prompt", "first", "move", "begin", "step", "step", "step", "tell", "copy", "cancel", "fail")
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     every=st.integers(1, 3),
