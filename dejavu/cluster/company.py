@@ -14,10 +14,10 @@ from dejavu.cluster.keeping import crosses_hosts, needs_replica_carrier
 from dejavu.cluster.launcher import RUN_DIR
 from dejavu.cluster.muster import Loss, Lost, Recruiting
 from dejavu.engine.controller import Controller
-from dejavu.engine.loss import Restored, join_restored
 from dejavu.engine.losses import note_losses
 from dejavu.engine.messages import Ready, Rehearse
 from dejavu.engine.recovery import Death, Gathered, who_died
+from dejavu.engine.recovery_point import Restored, join_restored
 from dejavu.engine.seating import Lane
 from dejavu.engine.setup import EngineSetup
 from dejavu.errors import EndedByPeerError, PeerLostError

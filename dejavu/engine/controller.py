@@ -10,7 +10,6 @@ from itertools import count
 
 from dejavu.engine.activity import Activity
 from dejavu.engine.journal import NoJournal, Past
-from dejavu.engine.loss import Repeated
 from dejavu.engine.messages import (
     Busy,
     Moved,
@@ -24,6 +23,7 @@ from dejavu.engine.messages import (
     Stop,
 )
 from dejavu.engine.recovery import Company, Death, FailureBook, Outage
+from dejavu.engine.recovery_point import Repeated
 from dejavu.engine.seating import Lane, Seating
 from dejavu.engine.text import StreamFactory, TextWatch
 from dejavu.errors import PeerLostError

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dejavu.engine.journal import NoJournal, Progress
-from dejavu.engine.loss import Repeated, Restored, tokens_there
 from dejavu.engine.messages import Admission, Expect, Resend
+from dejavu.engine.recovery_point import Repeated, Restored, tokens_there
 from dejavu.engine.seating import Lane, Send
 from dejavu.request import Request
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import isnan, nan
 from typing import Literal, Protocol
 
-from dejavu.engine.loss import Repeated, Restored
+from dejavu.engine.recovery_point import Repeated, Restored
 from dejavu.errors import PeerLostError
 from dejavu.measure.failures import FailureRecord
 

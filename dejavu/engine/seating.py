@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dejavu.engine.journal import Progress
-from dejavu.engine.loss import Repeated, Restored, tokens_there
 from dejavu.engine.messages import Admission, Admissions, Release, Resume
+from dejavu.engine.recovery_point import Repeated, Restored, tokens_there
 from dejavu.engine.rows import RowTable
 from dejavu.errors import CapacityError
 from dejavu.request import Request

@@ -4,8 +4,8 @@ from math import isnan
 
 import pytest
 
-from dejavu.engine.loss import Repeated
 from dejavu.engine.recovery import Death, FailureBook, Gathered
+from dejavu.engine.recovery_point import Repeated
 
 
 def test_failure_while_ranks_load_counts_before_the_start_of_serving():

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dejavu.engine.disaggregated import Disaggregated
-from dejavu.engine.loss import Restored, join_restored
 from dejavu.engine.messages import Admissions, Expect, Release, Resend, Resume
+from dejavu.engine.recovery_point import Restored, join_restored
 from dejavu.engine.rows import RowTable
 from dejavu.engine.seating import Colocated, Lane
 from dejavu.errors import CapacityError

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from dejavu.engine.disaggregated import Disaggregated
 from dejavu.engine.journal import READERS, Journal, Past, read_line
-from dejavu.engine.loss import join_restored, tokens_there
 from dejavu.engine.messages import Admissions, Expect, Release, Resend, Resume, SampledToken
+from dejavu.engine.recovery_point import join_restored, tokens_there
 from dejavu.engine.rows import RowTable
 from dejavu.engine.seating import Colocated, Lane
 from dejavu.kv.replica import HeldRow, ReplicaBooks

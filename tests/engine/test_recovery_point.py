@@ -2,8 +2,8 @@
 
 import pytest
 
-from dejavu.engine.loss import ALL_TOKENS, Repeated, Restored
 from dejavu.engine.messages import Admission
+from dejavu.engine.recovery_point import ALL_TOKENS, Repeated, Restored
 from dejavu.request import Request, SamplingParams
 
 REQUEST = Request("a", (5, 6, 7), SamplingParams(max_tokens=9))
