@@ -126,6 +126,11 @@ class Controller:
         self.inbox.cancels.put(request_id)
 
     @property
+    def replicated(self) -> dict[tuple[int, int], int]:
+        """Give by rank and microbatch the last step that its replica has."""
+        return {place: step for lane in self.seating.lanes for place, step in lane.replicated.items()}
+
+    @property
     def is_idle(self) -> bool:
         """Tell whether no request is left."""
         return self.counts.done == self.counts.submitted

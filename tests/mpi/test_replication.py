@@ -35,11 +35,11 @@ def test_replicas_hold_what_their_owners_do(world, reference_of, monkeypatch, ca
     reference = reference_of("llama")
     config = make_config(reference.directory, case)
     watch(monkeypatch.setattr)
-    (completions, lanes), outcome = world.serve(
-        config, lambda controller: (controller.generate(reference.requests), controller.seating.lanes)
+    (completions, replicated), outcome = world.serve(
+        config, lambda controller: (controller.generate(reference.requests), controller.replicated)
     )
     assert [tuple(c.token_ids) for c in completions] == list(reference.token_ids)
-    check_acknowledged(config, lanes[-1].replicated | lanes[0].replicated, outcome)
+    check_acknowledged(config, replicated, outcome)
     check_bytes(config, outcome)
 
 
