@@ -5,15 +5,15 @@ ranks keep. A failure takes processes, or memory with the replicas in it, and th
 books decide is held against the memories themselves.
 """
 
-import threading
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dejavu.engine.disaggregated import Disaggregated
-from dejavu.engine.journal import READERS, Journal, Past, read_line
+from dejavu.engine.journal import READERS, Journal, Past
 from dejavu.engine.messages import Admissions, Expect, Release, Resend, Resume, SampledToken
 from dejavu.engine.recovery_point import join_restored, tokens_there
 from dejavu.engine.rows import RowTable
@@ -29,7 +29,13 @@ class MemoryJournal(Journal):
     """Keep the lines; those that were not flushed are lost with the controller."""
 
     def __init__(self):
-        self.lines, self.lock, self.written = [], threading.Lock(), []
+        self.lines, self.written = [], []
+
+    def note_request(self, request):
+        self.note("request", asdict(request), int(request.request_id))
+
+    def note(self, kind, *values):
+        self.lines.append(json.dumps([kind, *values]))
 
     def flush(self):
         self.written += self.lines
@@ -38,7 +44,7 @@ class MemoryJournal(Journal):
     def read(self):
         past = Past()
         for line in self.written:
-            kind, *values = read_line(line.encode())
+            kind, *values = json.loads(line)
             READERS[kind](past, *values)
         return past
 
