@@ -26,6 +26,7 @@ JOURNAL = "journal.jsonl"  # in the run directory
 SYNC_EVERY_S = 0.5
 SEGMENT_BYTES = 64 * 2**20
 STANDING = frozenset({"start", "complete", "steps", "failures"})  # the last line of each kind holds
+OF_REQUESTS = ("prompt", "given_up", "moved", "computed")  # whose serial comes first
 
 
 class NoJournal:
@@ -122,6 +123,8 @@ class Journal(NoJournal):
             self.segments.standing[kind] = line
         elif kind == "admitted":
             self.segments.book.admit(values[0], values[1])
+        elif kind in OF_REQUESTS:
+            self.segments.book.touch(values[0])
         with self.lock:
             self.lines.append(line)
 

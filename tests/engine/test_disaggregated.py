@@ -8,6 +8,7 @@ books decide is held against the memories themselves.
 import json
 from dataclasses import asdict, dataclass, field, replace
 from random import Random
+from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ class MemoryJournal(Journal):
 
     def __init__(self):
         self.lines, self.written = [], []
+        self.segments = SimpleNamespace(book=SimpleNamespace(touch=lambda serial: None))
 
     def note_request(self, request):
         self.note("request", asdict(request), int(request.request_id))
