@@ -190,8 +190,6 @@ CASES = {
     ),
 }
 
-LOST = ("prompt stage 0 (rank 1)", "token stage 1 (rank 3)", "token stage 0 (rank 2)")  # of prompt-token-lost
-
 
 @pytest.fixture(scope="module")
 def recovered(base):
@@ -236,11 +234,13 @@ def test_perfetto_opens_the_trace_of_a_run_that_lost_ranks(base, recovered, tmp_
     directory, _ = base
     name = "prompt-token-lost"
     recovered(name)
+    failures = read_csv(directory / name / "failures.csv", FailureRecord)
     events = json.loads((directory / name / "trace.json").read_text())["traceEvents"]
     with loaded(directory / name / "trace.json", tmp_path) as perfetto:
         assert not list(perfetto.query("select name from stats where severity != 'info' and value > 0"))
         found = {row.name for row in perfetto.query("select name from slice where category = 'failure'")}
-        assert found == {f"{who} {what}" for who in LOST for what in ("lost", "recovered")}
+        lost = {f"{failure.target} (rank {failure.rank})" for failure in failures}
+        assert found == {f"{who} {what}" for who in lost for what in ("lost", "recovered")}
         slices = list(perfetto.query("select slice.id from slice join thread_track on track_id = thread_track.id"))
         arrows = list(perfetto.query("select id from flow"))
     assert len(slices) == sum(event["ph"] == "X" for event in events)

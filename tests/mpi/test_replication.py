@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from dejavu.config import ServeConfig
+from dejavu.engine.controller import Controller
+from dejavu.request import Completion, Request
 from tests.mpi.replicas import watch
 
 pytestmark = [pytest.mark.mpi(min_size=7), pytest.mark.timeout(60)]
@@ -35,12 +38,18 @@ def test_replicas_hold_what_their_owners_do(world, reference_of, monkeypatch, ca
     reference = reference_of("llama")
     config = make_config(reference.directory, case)
     watch(monkeypatch.setattr)
-    (completions, replicated), outcome = world.serve(
-        config, lambda controller: (controller.generate(reference.requests), controller.replicated)
-    )
+    (completions, lanes), outcome = world.serve(config, lambda controller: drive(controller, reference.requests))
+    replicated = {place: step for lane in lanes for place, step in lane.items()}
     assert [tuple(c.token_ids) for c in completions] == list(reference.token_ids)
     check_acknowledged(config, replicated, outcome)
     check_bytes(config, outcome)
+
+
+def drive(
+    controller: Controller, requests: Sequence[Request]
+) -> tuple[list[Completion], list[dict[tuple[int, int], int]]]:
+    """Serve, and give the books of acknowledgements, to which the last are added as the ranks end."""
+    return controller.generate(requests), [lane.replicated for lane in controller.seating.lanes]
 
 
 def owners(config: ServeConfig, outcome: Any) -> list[int]:
