@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from dejavu.config import make_config
-from dejavu.measure.ended import Ended
+from dejavu.measure.ended import Ended, ended_file, ended_line
 from dejavu.measure.environment import describe_run
+from dejavu.measure.recorder import FileRecorder
 from dejavu.measure.records import StepKind, StepRecord, TransferRecord
 from dejavu.measure.run_directory import RunDirectory
 from dejavu.measure.trace import Tracks
@@ -35,6 +36,20 @@ def make_run(path: Path, *, speed: float = 1.0, failures: str = "", options: Map
     if failures:
         (path / "failures.csv").write_text(failures)
     directory.write_result("ok", 0)
+    return path
+
+
+def make_unfinished_run(path: Path) -> Path:
+    """Make the same run as it is after its last request, before anything was put in its place."""
+    directory = RunDirectory.create("test", path)
+    config = make_config({"model": "gpt2", "load_format": "dummy", "pp": 2})
+    directory.write_run(describe_run(config.model_dump(mode="json"), RANKS, dtype="float32"))
+    for rank in (1, 2):
+        recorder = FileRecorder(path)
+        for index in range(6):
+            recorder.add_step(step(rank, index, 1.0))
+        recorder.close()
+    ended_file(path).write_text("".join(ended_line(index, completion(index, 1.0)) for index in (2, 0, 1, 3)))
     return path
 
 

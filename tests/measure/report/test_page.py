@@ -14,7 +14,7 @@ from dejavu.measure.report.page import comparison_page, run_page
 from dejavu.measure.report.runs import find_runs, read_run, read_runs
 from dejavu.measure.report.tables import run_tables
 
-from .make_runs import make_run
+from .make_runs import make_run, make_unfinished_run
 
 VOID = {"meta", "link", "img", "br", "path", "use", "rect", "line", "image"}
 FAILURES = (
@@ -79,6 +79,27 @@ def test_page_of_a_run_that_was_stopped_says_how_far_it_was(tmp_path):
     (path / "result.json").write_text(json.dumps({"outcome": "error", "error": "stopped by SIGINT"}))
     text = " ".join(Outline(run_page(read_run(path))).text)
     assert "stopped by SIGINT, after 2.50 s: 3 of 8 requests were done, 41 tokens had been given out" in text
+
+
+def test_a_run_that_was_killed_shows_what_it_had_recorded(tmp_path):
+    whole, killed = read_run(make_run(tmp_path / "whole")), read_run(make_unfinished_run(tmp_path / "killed"))
+    assert list(map(repr, killed.requests)) == list(map(repr, whole.requests))
+    assert killed.steps == whole.steps
+    known_at_the_end = {"peak_kv_bytes": 0.0}
+    assert killed.summary == pytest.approx({**whole.summary, **known_at_the_end}, nan_ok=True)
+    said = "This run goes on still, or was killed: all below is what it had recorded so far, 4 requests that had ended"
+    assert f"{said} and 12 passes, the last until 6.0 s." in " ".join(Outline(run_page(killed)).text)
+
+
+def test_a_line_that_a_stopped_run_was_writing_is_left_out(tmp_path):
+    path = make_unfinished_run(tmp_path / "run")
+    for file in (path / "parts").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    (path / "result.json").write_text(json.dumps({"outcome": "error", "error": "stopped by SIGINT"}))
+    run = read_run(path)
+    assert [request.request_id for request in run.requests] == ["<r0>", "<r1>", "<r2>"]
+    assert (len(run.steps), run.summary["requests"], run.summary["output_tokens"]) == (10, 3, 9)
+    assert "This run was cut off: " in " ".join(Outline(run_page(run)).text)
 
 
 def test_page_of_a_run_that_failed_to_start(tmp_path):
