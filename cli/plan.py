@@ -1,9 +1,12 @@
 """`dejavu plan`: which split of the machine serves a workload best."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from click.core import ParameterSource
 from rich.console import Console
 
 from dejavu.errors import UsageError
@@ -53,7 +56,7 @@ COLUMNS = {
 @click.option("--tpot", "tpot_ms", type=float, help="Limit of the time per later token, ms: plan for goodput.")
 @click.option("--paper", is_flag=True, help="Give the paper's closed form.")
 @click.option("--swap", is_flag=True, help="Say whether swapping pays in a pipeline of --devices stages.")
-@click.option("--out", type=click.Path(path_type=Path), help="Directory for plan.csv and best.yaml.")
+@click.option("--out", type=click.Path(path_type=Path), help="New run directory, with plan.csv and best.yaml.")
 def command(**options: Any) -> int:
     """Run the command."""
     if options["swap"]:
@@ -234,10 +237,10 @@ def finish(rows: list[dict[str, Any]], out: Path | None, layout: Any = None, mod
     from dejavu.planning.rows import json_line, write_rows
 
     if out:
-        make_directory(out)
-        write_rows(out / "plan.csv", rows)
-        if layout:
-            write_profile(out / "best.yaml", layout, model)
+        with new_run("plan", out):
+            write_rows(out / "plan.csv", rows)
+            if layout:
+                write_profile(out / "best.yaml", layout, model)
     click.echo(json_line("plan", out, rows))
     return 0
 
@@ -252,9 +255,30 @@ def write_profile(path: Path, layout: Any, model: str | None) -> None:
     click.echo(f"wrote {path}")
 
 
-def make_directory(out: Path) -> None:
-    """Make the output directory; raise UsageError where that is impossible."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make {out} ({error.strerror}): name a writable directory with --out") from None
+@contextmanager
+def new_run(name: str, out: Path) -> Iterator[None]:
+    """Make `out` the directory of a run that `dejavu report` shows; ConfigError where that is impossible."""
+    from dejavu.measure.environment import describe_run
+    from dejavu.measure.run_directory import RunDirectory
+
+    directory = RunDirectory.create(name, out)
+    directory.write_run(describe_run(asked_for(), []))
+    yield
+    directory.write_result("ok", 0)
+
+
+def asked_for() -> dict[str, Any]:
+    """Give the options of the present command line as plain values, without those left at their defaults."""
+    context, values = click.get_current_context(), {}
+    for option in context.command.params:
+        name = option.name or ""
+        if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
+            values[option.opts[0].removeprefix("--").replace("-", "_")] = plain(context.params[name])
+    return values
+
+
+def plain(value: Any) -> Any:
+    """Give an option's value for YAML."""
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

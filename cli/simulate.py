@@ -1,6 +1,7 @@
 """`dejavu simulate`: pipelines, swapping and failures without running a model."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from dejavu.errors import UsageError
 
-from .plan import make_directory, make_shape, needed
+from .plan import make_shape, needed, new_run
 from .tables import row_table, rows_table
 
 HELP = """Simulate a workload on pipelines: when each request gets its tokens, and how long stages stand idle.
@@ -78,7 +79,7 @@ SWEEP_COLUMNS = {
 )
 @click.option("--paper", is_flag=True, help="Repeat the paper's simulators exactly.")
 @click.option("--trace-out", type=click.Path(path_type=Path), help="Timeline for ui.perfetto.dev.")
-@click.option("--out", type=click.Path(path_type=Path), help="Directory for simulate.csv, requests.csv, or sweep.csv.")
+@click.option("--out", type=click.Path(path_type=Path), help="New run directory for the tables.")
 @click.option("--sweep", is_flag=True, help="1 … N machines, each kind of layout, each batch that fits.")
 @click.option("--machines", type=int, default=16, show_default=True, help="Sweep: most machines, each one stage.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Sweep: times from `dejavu bench profile`.")
@@ -135,7 +136,6 @@ def run_paper(options: dict[str, Any]) -> int:
 
 def run_default(options: dict[str, Any]) -> int:
     """Print what the engine is predicted to do."""
-    from dejavu.measure.records import RequestRecord, write_csv
     from dejavu.measure.trace import write_trace
     from dejavu.planning.rows import result_row
     from dejavu.planning.simulator import simulate
@@ -146,10 +146,7 @@ def run_default(options: dict[str, Any]) -> int:
     if options["trace_out"]:
         options["trace_out"].absolute().parent.mkdir(parents=True, exist_ok=True)
         write_trace(options["trace_out"], trace_tracks(setup), result.steps, records)
-    if options["out"]:
-        make_directory(options["out"])
-        write_csv(options["out"] / "requests.csv", records, RequestRecord)
-    return show(options, result_row(result), "simulated")
+    return show(options, result_row(result), "simulated", records)
 
 
 def trace_tracks(setup: Any) -> Any:
@@ -207,14 +204,17 @@ def make_failures(options: dict[str, Any], split: bool) -> tuple[Any, ...]:
     return tuple(failures)
 
 
-def show(options: dict[str, Any], row: dict[str, Any], title: str) -> int:
-    """Print one row, write it if asked to, and end with the line of JSON."""
+def show(options: dict[str, Any], row: dict[str, Any], title: str, records: Sequence[Any] = ()) -> int:
+    """Print one row, write it and the requests' records if asked to, and end with the line of JSON."""
+    from dejavu.measure.records import RequestRecord, write_csv
     from dejavu.planning.rows import json_line, write_rows
 
     Console().print(row_table(row, title))
     if options["out"]:
-        make_directory(options["out"])
-        write_rows(options["out"] / "simulate.csv", [row])
+        with new_run("simulate", options["out"]):
+            write_rows(options["out"] / "simulate.csv", [row])
+            if records:
+                write_csv(options["out"] / "requests.csv", records, RequestRecord)
     click.echo(json_line("simulate", options["out"], [row]))
     return 0
 
@@ -235,9 +235,9 @@ def run_sweep(options: dict[str, Any]) -> int:
     rows = [asdict(row) for row in found]
     Console().print(rows_table([asdict(row) for row in best_rows(found)], SWEEP_COLUMNS, "the best batch of each"))
     if options["out"]:
-        make_directory(options["out"])
-        write_rows(options["out"] / "sweep.csv", rows)
-        draw_sweep(options["out"] / "sweep.png", found)
+        with new_run("simulate", options["out"]):
+            write_rows(options["out"] / "sweep.csv", rows)
+            draw_sweep(options["out"] / "sweep.png", found)
     click.echo(json_line("simulate", options["out"], rows))
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dejavu.measure.report.runs import read_run
 from dejavu.planning.profile import Profile, PromptTime, TokenTime
 from tests.documentation import unexplained
 
@@ -103,7 +104,12 @@ def test_simulate_writes_what_it_says(run, tmp_path):
         requests = list(csv.DictReader(file))
     assert [r["output_tokens"] for r in requests] == ["1", "5"]
     assert requests[0]["tpot_s"] == ""
-    assert (tmp_path / "o" / "simulate.csv").exists()
+    report = read_run(tmp_path / "o")
+    assert (report.outcome, len(report.requests), len(report.tables["simulate"])) == ("ok", 2, 1)
+    asked = {"trace": str(trace), "stages": 4, "prompt_ms": 10, "token_ms": 1, "admit_ms": 0, "trace_out": "t.json"}
+    assert report.config == asked | {"out": "o"}
+    code, _, err = run("simulate --stages 1 --prompt-ms 1 --token-ms 1 --num-requests 1 --out o")
+    assert (code, "already holds a run" in err) == (2, True)
 
 
 def test_sweep(run, tmp_path):
@@ -128,6 +134,7 @@ def test_plan_by_profile(run, tmp_path):
     best = yaml.safe_load((tmp_path / "o" / "best.yaml").read_text())
     assert best["model"] == "opt-13b"
     assert best["microbatch_size"] == 4
+    assert len(read_run(tmp_path / "o").tables["plan"]) == len(rows)
 
 
 @pytest.mark.parametrize(
