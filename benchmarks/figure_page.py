@@ -113,13 +113,14 @@ def read_own(plan: FigurePlan, kind: str, path: Path) -> Made:
     """Read what `dejavu bench reproduce` noted; the table and the picture lie beside it."""
     record = json.loads(path.read_text(encoding="utf-8"))
     table, picture = (path.with_suffix(f".{suffix}") for suffix in ("csv", "png"))
+    note = plan.runs[kind].get("note", "") if kind in plan.runs else ""
     return Made(
         command=" ".join(record["command"]),
         machine=record["machine"],
         date=record["date"],
         commit=record["commit"],
         rows=record["rows"],
-        note=plan.runs[kind].get("note", "") if kind in plan.runs else "",
+        note=f"{note} {other_tokens(table)}".strip(),
         tables=[f"figures/{table.name}"] if table.exists() else [],
         picture=f"figures/{picture.name}" if picture.exists() else None,
         seconds=record["seconds"],
@@ -144,6 +145,19 @@ def read_described(plan: FigurePlan, kind: str, path: Path) -> Made:
         )
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} describes no measured figure ({error}): see another figure-*.yaml there") from None
+
+
+def other_tokens(table: Path) -> str:
+    """Say how many requests got other tokens than in the table's first row; nothing where none did, or it has no word.
+
+    In float32 that makes the command fail, so a table that is kept has it for near-ties of 16-bit formats alone.
+    """
+    if not table.exists():
+        return ""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("same_tokens") == "false"]
+    counts = ", ".join(f"{row['arrangement']} {row['wrong']} of {row['requests']}" for row in rows)
+    return f"Requests with other tokens than in the first arrangement, near-ties in 16 bits: {counts}." if rows else ""
 
 
 def beside_page(name: str) -> str:

@@ -115,6 +115,16 @@ def test_numbers_of_another_commands_table_are_on_the_page(tmp_path):
     assert "| a ratio | GPUs | 3.00 |" in (tmp_path / "README.md").read_text()
 
 
+def test_requests_with_other_tokens_are_on_the_page(tmp_path):
+    write_figure(tmp_path, "figure-8", "gpu", "a GPU", 1.5)
+    (tmp_path / "figures" / "figure-8-gpu.csv").write_text(
+        "arrangement,requests,same_tokens,wrong\ncolocated,160,true,0\nchunked,160,false,17\n"
+    )
+    assert call("--page", "--into", str(tmp_path)).exit_code == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "tokens than in the first arrangement, near-ties in 16 bits: chunked 17 of 160." in text
+
+
 def test_damaged_description_of_a_table_is_named(tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "figure-7-gpu.yaml").write_text("command: x\n")
