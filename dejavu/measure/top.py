@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 BAR_WIDTH = 20
+MOST_FAILURES = 8  # that are shown, so that the newest are on the screen
 
 
 def draw_status(name: str, status: Mapping[str, Any], tokens_per_s: float) -> "RenderableType":
@@ -47,7 +48,10 @@ def streaming_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if replication := status.get("replication"):
         lag = replication["lag_steps"]
         yield "replicas", f"at most {lag} step{'s' * (lag != 1)} behind"
-    for line in status.get("failures") or []:
+    failures = status.get("failures") or []
+    if len(failures) > MOST_FAILURES:
+        yield "failures", f"{len(failures)}, the newest:"
+    for line in failures[-MOST_FAILURES:]:
         yield "failure", line
 
 

@@ -47,6 +47,14 @@ def test_failures_are_told_in_words():
     assert "7 fetches, 3.00 MiB in and out" in text
 
 
+def test_of_many_failures_the_newest_are_shown():
+    text = drawn(STATUS | {"failures": [f"rank {n} died" for n in range(50)]})
+    assert "50, the newest:" in text
+    assert "rank 49 died" in text
+    assert "rank 42 died" in text
+    assert "rank 41 died" not in text
+
+
 def test_empty_status_is_a_start():
     assert "starting" in drawn({}, 0.0)
 
