@@ -33,6 +33,8 @@ def command(runs: tuple[Path, ...], list_runs: bool, out: Path | None, as_csv: b
     """List, print or write."""
     if list_runs:
         return show_list()
+    if as_csv and markdown:
+        raise UsageError("--csv and --markdown print the same numbers in two forms: give one of them")
     if not runs:
         raise UsageError("no run was named: give a directory, or see `dejavu report --list`")
     from dejavu.measure.report.runs import read_runs

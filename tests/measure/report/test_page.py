@@ -230,7 +230,12 @@ def test_command_writes_page_and_pictures(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "no run was named"), (["nowhere"], "no run directory"), (["--list"], "holds no runs")],
+    [
+        ([], "no run was named"),
+        (["nowhere"], "no run directory"),
+        (["--list"], "holds no runs"),
+        (["nowhere", "--csv", "--markdown"], "give one of them"),
+    ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     done = subprocess.run(
