@@ -114,7 +114,7 @@ class Served:
 )
 @click.option("--link-gbps", default=8.0, show_default=True, type=click.FloatRange(0, min_open=True), help="One way.")
 @click.option("--dtype", default="float16", show_default=True, help="As for `dejavu serve`.")
-@click.option("--device", default="cpu", show_default=True, help="As for `dejavu serve`; `none` synthetic stages.")
+@click.option("--device", default="cpu", show_default=True, help="As for `dejavu serve`, with --synthetic none.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="CPU threads of each worker.")
 @click.option("--out", help="The run directory.")
 @click.pass_context

@@ -55,7 +55,7 @@ def own_option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 @own_option("--kill", "kills", multiple=True, metavar="WHO@WHEN", help="Kill a rank; may be repeated.")
 @own_option("--stop", "stops", multiple=True, metavar="WHO@WHEN", help="Stop a rank (SIGSTOP): it hangs. May repeat.")
 @own_option("--random", "num_random", type=COUNT, metavar="N", help="Kill and stop N ranks at random moments.")
-@own_option("--every", type=COUNT, metavar="N", help="Do it again each N steps, or N seconds with t=.")
+@own_option("--every", type=COUNT, metavar="N", help="Do it again each N steps, seconds or tokens.")
 @own_option("--lose", type=click.Choice(["memory"]), help="Lose the victim's device memory too: KV and weights.")
 @own_option("--compare", is_flag=True, help="Also serve as a plain server does: everything restarts at the failure.")
 @config_options(ServeConfig)

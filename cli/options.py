@@ -18,6 +18,9 @@ METAVARS = {"int": "N", "float": "X", "tuple": "N,N,...", "str": "TEXT"}
 OWN_METAVARS = {
     "model": "NAME",
     "kv_memory": "BYTES",
+    "host_kv_memory": "BYTES",
+    "synthetic_link": "BYTES_PER_S",
+    "kv_disk": "DIR",
     "synthetic": "MS,MS",
     "workload": "FILE",
     "hostfile": "FILE",

@@ -43,7 +43,7 @@ COLUMNS = {
 @click.option("--dtype-bytes", type=int, default=2, show_default=True, help="Bytes f of a number.")
 @click.option("--prompt-len", type=int, default=512, show_default=True, help="Prompt tokens P of a request.")
 @click.option("--output-len", type=int, default=128, show_default=True, help="Output tokens N of a request.")
-@click.option("--batch", type=int, help="Rows b of a microbatch that --prompt-ms is of; searched otherwise. [8]")
+@click.option("--batch", type=int, help="Rows b of a microbatch, of which --prompt-ms is [8]; by default searched.")
 @click.option("--prompt-ms", type=float, help="Time Y of a prompt pass of the batch through the whole model.")
 @click.option("--token-ms", type=float, help="Time t of a token pass through the whole model.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Times measured by `dejavu bench profile`, instead.")

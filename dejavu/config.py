@@ -123,18 +123,18 @@ class ServeConfig(BaseModel):
         1, "Failures", "Token steps of a microbatch between two copies: fewer bytes, more steps to run again."
     )
     replica_transport: Literal["auto", "tcp", "mpi"] = option(
-        "auto", "Failures", "What carries replicas to another host, tcp by default; one host shares memory by default."
+        "auto", "Failures", "What carries replicas; `auto` is shared memory on one host, and tcp between hosts."
     )
     kv_disk: Place | None = option(
         None,
         "Failures",
-        "Keep KV in files of this directory too, for --resume when all processes, or hosts, were gone.",
+        "Keep KV in files of this directory too, for --resume after all processes, or the host's power, were lost.",
     )
     on_failure: Literal["abort", "wait", "respawn"] = option(
         "abort",
         "Failures",
-        "Without a spare left: end the run, wait until a new one that is started has joined, or start the run again "
-        "where it was; that is also done when mpirun itself dies, unless the run is to end.",
+        "Without a spare left `abort` ends the run, `wait` holds requests until a new process has joined, `respawn` "
+        "starts all ranks again where they were, as `wait` does too when mpirun itself dies.",
     )
     hang_timeout: float = option(
         10.0, "Failures", "Seconds that a process may stand still, stopped by a signal, before it is ended.", gt=0
@@ -151,7 +151,7 @@ class ServeConfig(BaseModel):
         None, "Swapping", "Host memory of one worker for swapped KV; by default enough for every row.", ge=1
     )
     synthetic_link: Bytes | None = option(
-        None, "Swapping", "Bytes per second of the host link that synthetic stages swap over, such as 50G.", ge=1
+        None, "Swapping", "Speed of the host link, each way, that synthetic stages swap over, such as 50G.", ge=1
     )
 
     workload: str | None = option(
