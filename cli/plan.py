@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from click import get_current_context
 from click.core import ParameterSource
 from rich.console import Console
 
@@ -269,7 +270,7 @@ def new_run(name: str, out: Path) -> Iterator[None]:
 
 def asked_for() -> dict[str, Any]:
     """Give the options of the present command line as plain values, without those left at their defaults."""
-    context, values = click.get_current_context(), {}
+    context, values = get_current_context(), dict[str, Any]()
     for option in context.command.params:
         name = option.name or ""
         if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
