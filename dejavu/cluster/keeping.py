@@ -97,16 +97,6 @@ def copy_here(device: Device, far: Buffer) -> Buffer:
     return memory
 
 
-def take_store(vault: Vault, device: Device, name: str, layout: PoolLayout, shape: StoreShape) -> ReplicaStore:
-    """Give the replica of this name, with what it holds, or a new one."""
-    kept = vault.get(name, device)
-    if kept is not None:
-        return ReplicaStore(kept[0], layout, shape)
-    store = ReplicaStore.allocate(device, layout, shape)
-    vault.put(name, store.memory)
-    return store
-
-
 class StoreShelf(Closing):
     """Hold the replicas that a process has mapped, through all changes of its rank: a GPU takes half a second a GiB."""
 
@@ -116,19 +106,20 @@ class StoreShelf(Closing):
         self.stores: dict[str, tuple[str, ReplicaStore]] = {}  # with the keeper's mark
 
     def take(self, name: str, layout: PoolLayout, shape: StoreShape) -> ReplicaStore:
-        """Give the replica of this name, or a new one; the shelf closes it."""
-        kept = self.vault.contents()
-        if not self.has(name, kept):
-            self.drop(name)
-            store = take_store(self.vault, self.device, name, layout, shape)
-            self.stores[name] = self.vault.contents()[name].about["mark"], store
+        """Give the replica of this name, with what it holds, or a new one; the shelf closes it."""
+        self.prepare(name, layout, shape)
+        if name not in self.stores:
+            store = ReplicaStore.allocate(self.device, layout, shape)
+            self.stores[name] = self.vault.put(name, store.memory), store
         return self.stores[name][1]
 
     def prepare(self, name: str, layout: PoolLayout, shape: StoreShape) -> None:
-        """Map a replica that is there, for whom it may serve."""
-        kept = self.vault.contents()
-        if name in kept and not self.has(name, kept):
-            self.take(name, layout, shape)
+        """Map the replica of this name, if there is one; let go of one that the keeper has no more."""
+        if not self.has(name, self.vault.contents()):
+            self.drop(name)
+            if found := self.vault.get(name, self.device):
+                memory, about = found
+                self.stores[name] = about["mark"], ReplicaStore(memory, layout, shape)
 
     def has(self, name: str, kept: Mapping[str, Deposit]) -> bool:
         """Tell whether what is mapped is what the keeper has."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,10 @@ from dejavu.transport.mpi import Channel
 ROOM = 4  # a CPU spare prepares a place where its weights take at most one in so many bytes that are free
 
 Contents = Mapping[str, Deposit]
+
+
+class GoneError(Exception):
+    """Say that the keeper has let go of what it had a moment before."""
 
 
 @dataclass(slots=True)
@@ -69,7 +73,8 @@ class Rehearsal:
             self.discard(placement.rank)
             site = Site(self.channel, self.setup, placement, self.device, self.vault)
             if self.can_prepare(site, kept):
-                self.places[placement.rank] = self.rehearse(site, kept)
+                with suppress(GoneError):  # with a device that was lost meanwhile: all prepare again then
+                    self.places[placement.rank] = self.rehearse(site, kept)
         self.map_replicas()
         self.device.synchronize()
         return time.monotonic() - started
@@ -133,9 +138,10 @@ class Rehearsal:
         raise AssertionError("an exit stack hides no error")
 
     def map_kept(self, name: str) -> Buffer:
-        """Map what the keeper has."""
+        """Map what the keeper has; raise GoneError where it has it no more."""
         found = self.vault.get(name, self.device)
-        assert found, name
+        if not found:
+            raise GoneError(name)
         return found[0]
 
     def find_pool(self, site: Site, is_far: bool, ties: ExitStack) -> tuple[Tensor, Buffer | None]:

@@ -35,10 +35,10 @@ class Vault(Closing):
         self._is_open = True
         self._join(guardian)
 
-    def put(self, name: str, memory: Buffer, about: dict[str, Any] | None = None) -> None:
+    def put(self, name: str, memory: Buffer, about: dict[str, Any] | None = None) -> str:
         """Keep all of an exportable memory, in place of what had that name; `about` is plain JSON.
 
-        The keeper also has of it where it lies, on which device, and a `mark` that no other memory has.
+        The keeper also has of it where it lies, on which device, and a `mark` that no other memory has: the result.
         """
         assert memory.nbytes == memory.memory.nbytes, "a view is no memory of its own"
         where = {"location": memory.location.value, "kind": memory.device.properties.kind}
@@ -48,6 +48,7 @@ class Vault(Closing):
             self._call({"do": "put", "name": name, "nbytes": memory.nbytes, "about": facts}, (fd,))
         finally:
             os.close(fd)
+        return str(facts["mark"])
 
     def get(self, name: str, device: Device) -> tuple[Buffer, dict[str, Any]] | None:
         """Map what is kept under a name for `device`, and give what was said of it; None if there is nothing.

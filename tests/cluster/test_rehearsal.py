@@ -93,6 +93,25 @@ def test_what_the_keeper_has_no_more_is_prepared_anew(setup, vault, name):
         assert not rehearsal.places
 
 
+@pytest.mark.parametrize("name", [pool_name, weights_name])
+def test_what_is_lost_while_it_is_prepared_is_left_out(setup, vault, monkeypatch, name):
+    with open_device("cpu") as device, ExitStack() as stack:
+        first, second = hold_all(setup, device, vault, stack)
+        rehearsal = Rehearsal(CHANNEL, setup, device, vault, StoreShelf(vault, device))
+        can_prepare = rehearsal.can_prepare
+
+        def lose(site, kept):
+            can = can_prepare(site, kept)
+            if site.placement is second:
+                assert vault.drop(name(second))
+            return can
+
+        monkeypatch.setattr(rehearsal, "can_prepare", lose)
+        rehearsal.prepare()
+        assert list(rehearsal.places) == [first.rank]
+        rehearsal.close()
+
+
 def test_each_memory_has_a_mark_of_its_own(vault):
     with open_device("cpu") as device:
         marks = set()
