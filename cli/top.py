@@ -42,7 +42,8 @@ def command(run: Path | None, once: bool) -> int:
 def find(run: Path | None) -> Path:
     """Give the run's directory; UsageError where there is none."""
     if run is None:
-        newest = max(RUNS.glob("*/status.json"), key=lambda path: path.stat().st_mtime, default=None)
+        files = [*RUNS.glob("*/status.json"), *RUNS.glob("*/*/status.json")]  # `fail-inject` has runs in its own
+        newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
         if newest is None:
             raise UsageError(f"{RUNS} holds no runs: start one, or name its directory")
         return newest.parent
@@ -59,4 +60,6 @@ def has_ended(directory: RunDirectory) -> bool:
 
 def draw(directory: RunDirectory, rate: TokenRate) -> RenderableType:
     """Draw the newest status."""
-    return draw_status(directory.path.name, directory.read_status() or {}, rate.update(read_status(directory)))
+    silence_s = 0.0 if has_ended(directory) else time.time() - directory.status_file.stat().st_mtime
+    status = directory.read_status() or {}
+    return draw_status(directory.path.name, status, rate.update(read_status(directory)), silence_s)

@@ -3,17 +3,21 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dejavu.measure.render import format_bytes, format_number, format_percent
+from dejavu.measure.render import format_bytes, format_number, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 BAR_WIDTH = 20
+QUIET_S = 5.0  # without a new status, where five a second are usual
 MOST_FAILURES = 8  # that are shown, so that the newest are on the screen
 
 
-def draw_status(name: str, status: Mapping[str, Any], tokens_per_s: float) -> "RenderableType":
-    """Draw one status; `tokens_per_s` is the rate over the last seconds. What a run does not use is not shown."""
+def draw_status(name: str, status: Mapping[str, Any], tokens_per_s: float, silence_s: float = 0.0) -> "RenderableType":
+    """Draw one status, `silence_s` after it was written; what a run does not use is not shown.
+
+    `tokens_per_s` is the rate over the last seconds.
+    """
     from rich.panel import Panel
     from rich.table import Table
 
@@ -22,6 +26,8 @@ def draw_status(name: str, status: Mapping[str, Any], tokens_per_s: float) -> "R
     table.add_column()
     for label, value in status_lines(status, tokens_per_s):
         table.add_row(label, value)
+    if status.get("state") == "serving" and silence_s > QUIET_S:
+        table.add_row("no news", f"for {format_seconds(silence_s)}: the run recovers from a failure, or was killed")
     title = f"{name}: {status.get('state', 'starting')}, {status.get('elapsed_s', 0.0):.1f} s"
     return Panel(table, title=title, title_align="left", expand=False)
 

@@ -18,9 +18,9 @@ STATUS = {
 }
 
 
-def drawn(status, rate=40.0):
+def drawn(status, rate=40.0, silence_s=0.0):
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(draw_status("a-run", status, rate))
+    console.print(draw_status("a-run", status, rate, silence_s))
     return console.export_text()
 
 
@@ -53,6 +53,12 @@ def test_of_many_failures_the_newest_are_shown():
     assert "rank 49 died" in text
     assert "rank 42 died" in text
     assert "rank 41 died" not in text
+
+
+def test_a_run_that_says_nothing_any_more_is_told_of():
+    assert "no news" not in drawn(STATUS, silence_s=1.0)
+    assert "for 12.0 s: the run recovers from a failure, or was killed" in drawn(STATUS, silence_s=12.0)
+    assert "no news" not in drawn({"state": "starting"}, silence_s=12.0)
 
 
 def test_empty_status_is_a_start():
