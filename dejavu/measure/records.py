@@ -90,8 +90,8 @@ class TransferRecord:
     """Time the move of some bytes from rank `source` to rank `target`, as seen by `rank`; seconds as in StepRecord."""
 
     rank: int
-    kind: str  # what moved, such as "activation"
-    transport: str  # the carrier, such as "mpi"
+    kind: str  # what moved, such as "handover"
+    transport: str  # the carrier, such as "ipc"
     source: int
     target: int
     bytes: int

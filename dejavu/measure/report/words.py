@@ -69,14 +69,19 @@ def pipeline_sentences(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def resilience_sentences(config: Mapping[str, Any]) -> Iterator[str]:
-    """Describe swapping, replicas and spares, where there are any."""
+    """Describe swapping, what KV is kept in besides, and who replaces a lost rank, where there is any of it."""
     if config.get("swap"):
         yield f"Microbatches are swapped: the KV of {config['resident']} at a time is on the device."
     if config.get("replicate", "off") != "off":
         every = config["replicate_every"]
         yield f"KV is replicated to the next stage's host memory, every {f'{every} steps' if every > 1 else 'step'}."
+    if config.get("kv_disk"):
+        yield f"KV is kept in files of {config['kv_disk']} too."
     if config.get("spares"):
         yield f"{counted(config['spares'], 'spare rank')} to take over from a lost one."
+    if (end := config.get("on_failure", "abort")) != "abort":
+        waits = "a new process takes the place of one that is lost" if end == "wait" else "all ranks start again"
+        yield f"Without a spare left {waits}."
 
 
 def stages(pp: int, tp: int) -> str:

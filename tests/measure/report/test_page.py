@@ -117,10 +117,13 @@ def test_a_failure_that_cost_nothing_but_time(tmp_path):
 
 def test_what_guards_a_run_is_said_in_words(tmp_path):
     options = {"swap": True, "num_microbatches": 3, "replicate": "ring", "spares": 1}
+    options |= {"kv_disk": "/var/kv", "on_failure": "wait"}
     text = " ".join(Outline(run_page(read_run(make_run(tmp_path / "run", options=options)))).text)
     assert "the KV of 2 at a time is on the device" in text
     assert "host memory, every step." in text
     assert "1 spare rank to take over" in text
+    assert "KV is kept in files of /var/kv too." in text
+    assert "Without a spare left a new process takes the place of one that is lost." in text
 
 
 def test_page_needs_nothing_from_elsewhere(tmp_path):
