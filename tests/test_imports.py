@@ -50,7 +50,10 @@ PURE_MODULES = ["dejavu.config", "dejavu.topology", "dejavu.request", "dejavu.mo
 BENCHMARKS = ["generate", "microbench", "calibrate", "overhead", "disaggregation", "validate"]  # run outside mpirun too
 
 
-@pytest.mark.parametrize("module", [*PURE_MODULES, *(f"dejavu.benchmarks.{name}" for name in BENCHMARKS)])
+COMMANDS = ", ".join(f"dejavu.cli.{path.stem}" for path in (ROOT / "cli").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("module", [*PURE_MODULES, *(f"dejavu.benchmarks.{name}" for name in BENCHMARKS), COMMANDS])
 def test_pure_modules_import_nothing_heavy(module):
     heavy = ("torch", "mpi4py", "transformers", "matplotlib")
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"

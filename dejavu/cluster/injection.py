@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dejavu.engine.messages import Work
 from dejavu.engine.ring import place_name
-from dejavu.engine.source import Source
 from dejavu.errors import UsageError
 from dejavu.topology import CONTROLLER, Placement, Role, Topology
+
+if TYPE_CHECKING:  # the command asks for failures outside mpirun, where MPI must not start
+    from dejavu.engine.source import Source
 
 FAULTS = "DEJAVU_FAULTS"
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -199,7 +201,7 @@ def faults_for(faults: Sequence[Fault], rank: int, topology: Topology) -> list[t
 class Tripwire:
     """Give a worker its passes, and cause its own faults before those at which they are due."""
 
-    def __init__(self, source: Source, injector: Injector, process: int, now_s: Callable[[], float]) -> None:
+    def __init__(self, source: "Source", injector: Injector, process: int, now_s: Callable[[], float]) -> None:
         self.source = source
         self.injector = injector
         self.process = process
