@@ -9,6 +9,7 @@ from dejavu.cluster.complaints import NO_DAEMON, NO_PROGRAM, NO_STEP
 RULE = re.compile(r"-{60,}\s*")
 NOISE = re.compile(
     r"(LAUNCHER JOB OBJECT NOT FOUND)+|\[warn\] Epoll ADD\(4\) on fd \d+ failed"  # after MPI_Comm_spawn
+    r"|\[\S+\] OPAL ERROR: Not supported in file \S+dpm\.c"  # of a process whose starter has died
     r"|NBC_Progress: an error \d+ was found|Error in NBC_Start_round"  # a barrier that a death ends, as the ranks know
     r"|\[\S+\] \S+osc_ucx_component\.c:\d+\s+Error: OSC UCX component priority"  # of windows, which are not UCX's
 )

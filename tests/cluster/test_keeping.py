@@ -25,6 +25,7 @@ SHARD = Shard(2, 4, 6)
 PLACE = Placement(2, Role.BOTH, 0, 1, SHARD)
 FIRST_WORKER = """
 import os, signal, sys, torch
+import mpi4py; mpi4py.rc.initialize = False  # it is no rank
 from dejavu.cluster.keeping import take_memory, take_weights
 from dejavu.device import open_device
 from dejavu.model.weights import dummy_stage

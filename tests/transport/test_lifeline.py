@@ -30,7 +30,7 @@ def line():
     line = Lifeline()
     yield line
     line.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == with_fds
+    assert len(list(Path("/proc/self/fd").iterdir())) <= with_fds  # fewer where another test's garbage went meanwhile
 
 
 def start(line, nbytes=0):
