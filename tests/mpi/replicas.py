@@ -14,7 +14,7 @@ from dejavu.device.vault import Vault
 from dejavu.engine.handover import Movers
 from dejavu.engine.messages import Report
 from dejavu.engine.replication import Receiving, ReplicaHolder, ReplicaSource
-from dejavu.engine.ring import pool_name
+from dejavu.engine.ring import pool_name, replica_holder, replica_owner
 from dejavu.kv.replica import RowCopy, filled_blocks, list_pieces
 
 START = Replicating.start
@@ -77,3 +77,13 @@ def restore(replicating: Replicating, report: Report) -> None:
         same_tokens(mover.layout, restored.rows, memory, old.pool)
         for each in movers:  # nobody leaves before all have what was sent to them
             each.report(report, replicating.channel.rank, float)
+        meet(replicating)
+
+
+def meet(replicating: Replicating) -> None:
+    """Tell the holder that its bytes are here: a connection that it closes before takes them for lost."""
+    channel, topology = replicating.channel, replicating.setup.topology
+    owner, holder = (find(topology, channel.hosts, channel.rank) for find in (replica_owner, replica_holder))
+    if holder != channel.rank:
+        channel.send(holder, "restored")
+        assert channel.receive(owner, channel.deadline_s)[1] == "restored"
