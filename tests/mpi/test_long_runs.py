@@ -36,7 +36,7 @@ CONFIG = ServeConfig(
     output_len=1,
 )
 WAVES, WAVE = 12, 24  # so many requests at a time
-MOST_GROWTH = 60_000  # bytes, from a third of the time on
+MOST_GROWTH = 80_000  # bytes, from the second third of the time to the last; records that stay would take 100,000
 
 
 class Measuring(FileRecorder):
@@ -102,7 +102,8 @@ def test_memory_does_not_grow_with_the_requests_served(world, shared_path):
 
     measures = world.on_first(3, measured)
     for _, traced in measures:
-        assert traced[-1] - traced[len(traced) // 3] < MOST_GROWTH, traced
+        third = len(traced) // 3  # the least of each: between two flushes it rises by 80,000
+        assert min(traced[-third:]) - min(traced[third:-third]) < MOST_GROWTH, traced
     if world.rank == CONTROLLER:
         check_records(shared_path, sum(num_steps for num_steps, _ in measures))
     world.gather(None)
